@@ -1,0 +1,94 @@
+# kv.run: `make run` serves the bundled demo, `make test` passes all tests. Both install what they need into .venv first.
+
+PYTHON ?= python3
+CARGO ?= cargo
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip
+CONSTRAINTS := third_party/python-constraints.txt
+DEMO := examples/demo
+PORT ?= 3000
+STAMPS := build/stamps
+
+.DEFAULT_GOAL := help
+.PHONY: help run ui test test-rust test-python check fmt install wheel bench tools native clean
+
+help: ## What each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+run: install ## Serve the demo model and its adapters on port 3000 (PORT=...)
+	@$(BIN)/text-generation-launcher --model-id $(DEMO)/model --port $(PORT) --lora-dir $(DEMO)/adapters \
+	  --lora-ids "$$(cd $(DEMO)/adapters && for a in */; do printf '%s=%s;' "$${a%/}" "$(DEMO)/adapters/$${a%/}"; done)"
+
+ui: install $(STAMPS)/ui ## Compare base and adapters in the browser; needs `make run` beside it
+	@$(BIN)/python examples/ui.py --url http://127.0.0.1:$(PORT)
+
+test: install test-rust test-python ## All tests
+
+test-rust:
+	$(CARGO) test --release --locked --workspace
+
+test-python: $(STAMPS)/test
+	$(BIN)/python -m pytest kernels server examples
+
+check: install $(STAMPS)/test ## Formats, lints, types and the rules of the house
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q server/tests/test_house.py
+
+fmt: $(STAMPS)/test ## Format all sources
+	$(CARGO) fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: tools $(STAMPS)/python $(STAMPS)/proto native ## Put the four text-generation-* programs into .venv/bin
+	@$(CARGO) build --release --locked --quiet -p kvrun-dist
+	@for name in launcher router server benchmark; do \
+	  cmp -s target/release/text-generation-$$name $(BIN)/text-generation-$$name \
+	    || install -m 755 target/release/text-generation-$$name $(BIN)/text-generation-$$name; done
+
+tools:
+	@PYTHON=$(PYTHON) sh third_party/check-tools.sh
+
+native: $(STAMPS)/python
+	@$(BIN)/python kernels/build.py
+
+wheel: install $(STAMPS)/test ## Wheels for `pip install`, in dist/
+	rm -rf dist && mkdir -p dist
+	$(BIN)/maturin build --release --locked --manifest-path server/dist/Cargo.toml --out dist
+	$(UV) build --wheel kernels --out-dir dist
+
+bench: install $(STAMPS)/test ## Speed of every kernel beside this machine's limits
+	PYTHONPATH=kernels $(BIN)/python -m kvrun_kernels.bench
+
+clean: ## Remove everything that was built, but not the environment
+	rm -rf target build dist
+
+# --- what is installed only when its inputs change --------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	@mkdir -p $(STAMPS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	@touch $@
+
+# The two packages are on the path as they lie, so an edit is live.
+$(STAMPS)/python: $(STAMPS)/venv $(CONSTRAINTS) third_party/python-server.in
+	$(UV) install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --requirement third_party/python-server.in
+	@printf '%s\n%s\n' "$(CURDIR)/server" "$(CURDIR)/kernels" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/kvrun.pth"
+	@touch $@
+
+$(STAMPS)/proto: proto/model_shard.proto server/generate_proto.py $(STAMPS)/python
+	$(BIN)/python server/generate_proto.py
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/python third_party/python-test.in
+	$(UV) install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --requirement third_party/python-test.in
+	@touch $@
+
+$(STAMPS)/ui: $(STAMPS)/python
+	$(UV) install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) gradio httpx
+	@touch $@
