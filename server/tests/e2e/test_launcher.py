@@ -1,0 +1,125 @@
+"""What the launcher promises: clear errors with fixed exit codes before any work, no orphans, two instances side by side."""
+
+import json
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+from tree import DEMO, demo_adapters, demo_flags, descendants, launch, running, wait_ready
+
+
+def ended(tree, timeout=60) -> tuple[int, str]:
+    code = tree.process.wait(timeout)
+    time.sleep(0.1)
+    return code, "\n".join(tree.log)
+
+
+def copy_of_demo(tmp_path):
+    return shutil.copytree(DEMO / "model", tmp_path / "model")
+
+
+def test_a_port_in_use_ends_the_launcher_at_once_with_13():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        began = time.monotonic()
+        code, log = ended(launch(*demo_flags(), port=taken.getsockname()[1]))
+    assert code == 13
+    assert "in use" in log and time.monotonic() - began < 3
+
+
+def short_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_file(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def garbage(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+def without_a_field(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["LlamoForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "says"),
+    [
+        (short_file, 11, "model.safetensors"),
+        (no_file, 11, "safetensors"),
+        (garbage, 11, "model.safetensors"),
+        (without_a_field, 10, "num_attention_heads"),
+        (unknown_architecture, 10, "LlamaForCausalLM"),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_a_spoilt_checkpoint_is_refused_by_name(spoil, code, says, tmp_path):
+    folder = copy_of_demo(tmp_path)
+    spoil(folder)
+    got, log = ended(launch("--model-id", str(folder)))
+    assert (got, says in log) == (code, True), log
+
+
+def test_an_adapter_that_is_not_there_is_refused_before_anything_starts(tmp_path):
+    code, log = ended(launch("--model-id", str(DEMO / "model"), "--lora-ids", f"ghost={tmp_path}/ghost"))
+    assert code == 11 and "ghost" in log
+
+
+@pytest.mark.parametrize("flags", [["--quantize", "exl2"], ["--num-shard", "0"], ["--max-total-tokens", "8", "--max-input-tokens", "9"], ["--hostname", "0.0.0.0"]], ids=str)
+def test_an_impossible_flag_is_refused_with_10(flags):
+    code, log = ended(launch(*demo_flags(), *flags))
+    assert code in (2, 10), log
+    assert flags[0] in log
+
+
+def test_plan_prints_and_stops():
+    code, log = ended(launch(*demo_flags(), "--plan"))
+    assert code == 0, log
+    for word in ("weights", "pages", *demo_adapters()):
+        assert word in log.lower(), log
+
+
+def test_sigterm_drains_and_ends_with_0():
+    with running(*demo_flags()) as tree:
+        assert tree.generate("The cat", max_new_tokens=4).error is None
+        pids = descendants(tree.process.pid)
+        assert tree.stop() == 0
+        assert pids and not [pid for pid in pids if pid in descendants(1)]
+
+
+def test_two_instances_never_meet():
+    with running(*demo_flags(adapters=False)) as one, running(*demo_flags()) as two:
+        assert one.generate("The cat", max_new_tokens=8).ids == two.generate("The cat", max_new_tokens=8).ids
+        one.stop()
+        assert two.generate("The cat", max_new_tokens=8).error is None
+
+
+def test_a_killed_launcher_leaves_no_process():
+    for moment in (0.05, 0.5, 2.0):
+        tree = launch(*demo_flags())
+        time.sleep(moment)
+        pids = set(descendants(tree.process.pid))
+        tree.process.send_signal(signal.SIGKILL)
+        tree.process.wait()
+        time.sleep(2)
+        assert not pids & set(descendants(1)), f"left after {moment} s"
+    tree = wait_ready(launch(*demo_flags()))
+    pids = set(descendants(tree.process.pid))
+    assert len(pids) >= 2
+    tree.process.send_signal(signal.SIGKILL)
+    tree.process.wait()
+    time.sleep(2)
+    assert not pids & set(descendants(1))
