@@ -1,0 +1,61 @@
+"""The vocabulary in which an architecture is described: values only, standard library only.
+
+A model file reads a `Config` and returns a `Model`; its import list is the architecture's summary.
+"""
+
+from kvrun.spec.config import Config
+from kvrun.spec.describe import describe
+from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
+from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, Residual, Step, stack
+from kvrun.spec.norms import LayerNorm, Norm, RmsNorm
+from kvrun.spec.positions import (
+    Alibi,
+    DynamicScaling,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
+from kvrun.spec.registry import architecture, model_of, served
+from kvrun.spec.weights import Fused, Packed, Stored, fuse, linear, packed, transposed
+
+__all__ = [
+    "Alibi",
+    "Attention",
+    "Config",
+    "Decoder",
+    "DynamicScaling",
+    "Embed",
+    "Fused",
+    "GatedMlp",
+    "Head",
+    "Layer",
+    "LayerNorm",
+    "Learned",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "Mixer",
+    "Mlp",
+    "Model",
+    "Norm",
+    "Packed",
+    "Parallel",
+    "Residual",
+    "RmsNorm",
+    "Rope",
+    "Step",
+    "Stored",
+    "YarnScaling",
+    "architecture",
+    "describe",
+    "fuse",
+    "linear",
+    "model_of",
+    "packed",
+    "served",
+    "stack",
+    "transposed",
+]

@@ -1,0 +1,152 @@
+"""A typed reader of `config.json` and `generation_config.json`: one spelling for what families and versions spell differently."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from kvrun.errors import ConfigError, FilesError, Unsupported
+from kvrun.spec.positions import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
+
+ALIASES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "layer_norm_eps": ("layer_norm_epsilon", "norm_epsilon"),
+    "hidden_act": ("hidden_activation", "activation_function", "activation"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "n_ctx"),
+    "dtype": ("torch_dtype",),
+    "rope_theta": ("rotary_emb_base",),
+    "partial_rotary_factor": ("rotary_pct",),
+}
+Scalar = Any  # what JSON holds: a number, a text, a list, a mapping
+
+
+class Config:
+    """The fields of one model's config. A field that is absent and a field that is null are the same thing."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str = "config.json", generation: Mapping[str, Any] | None = None) -> None:
+        self.fields = fields
+        self.where = where  # the file, for messages
+        self.generation = generation or {}
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Config:
+        """Read a model folder. FilesError when config.json is missing or is not a JSON object."""
+        path = Path(folder) / "config.json"
+        beside = Path(folder) / "generation_config.json"
+        return cls(_object(path), str(path), _object(beside) if beside.is_file() else None)
+
+    def get(self, key: str, default: Scalar = None) -> Scalar:
+        """The field under its own name or an alias of it, or the default."""
+        for name in (key, *ALIASES.get(key, ())):
+            if self.fields.get(name) is not None:
+                return self.fields[name]
+        return default
+
+    def __getattr__(self, key: str) -> Scalar:
+        if key.startswith("__"):  # copying and pickling ask for these; they are not fields
+            raise AttributeError(key)
+        value = self.get(key)
+        if value is None:
+            names = " or ".join((key, *ALIASES.get(key, ())))
+            found = ", ".join(sorted(self.fields)[:40]) or "no fields"
+            raise ConfigError(f"{self.where}: the field {names} is missing; found {found}")
+        return value
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of `architectures`."""
+        names = self.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise ConfigError(f"{self.where}: the field architectures must be a list that names the model's class; found {names!r}")
+        return names[0]
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer: the union of both files' `eos_token_id`, sorted."""
+        ids: set[int] = set()
+        for value in (self.get("eos_token_id"), self.generation.get("eos_token_id")):
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        return tuple(sorted(ids))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, stated or derived."""
+        return self.get("head_dim") or self.hidden_size // self.num_attention_heads
+
+    def rope(self, head_dim: int, style: Literal["half", "interleaved"] = "half") -> Rope:
+        """The rotary embedding of heads of this width, from either spelling of its parameters."""
+        stated: dict[str, Any] = {**(self.get("rope_scaling") or {}), **(self.get("rope_parameters") or {})}
+        theta = stated.get("rope_theta") or self.get("rope_theta", 10_000.0)
+        partial = stated.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
+        return Rope(int(head_dim * partial), float(theta), self._scaling(stated), style)
+
+    def _scaling(self, stated: Mapping[str, Any]) -> RopeScaling | None:
+        kind = stated.get("rope_type") or stated.get("type") or "default"
+
+        def number(key: str, default: float | None = None) -> float:
+            value = stated.get(key)
+            value = default if value is None else value
+            if value is None:
+                raise ConfigError(f"{self.where}: rope scaling {kind} needs the field {key}; found {', '.join(sorted(stated))}")
+            return float(value)
+
+        original = int(self.get("original_max_position_embeddings") or stated.get("original_max_position_embeddings") or 0)
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return LinearScaling(number("factor"))
+        if kind == "dynamic":
+            return DynamicScaling(number("factor"))
+        original = original or self.max_position_embeddings
+        stretched = self.max_position_embeddings / original
+        if kind == "llama3":
+            return Llama3Scaling(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
+        if kind == "yarn":
+            factor = number("factor", stretched)
+            slow_and_fast = number("beta_fast", 32.0), number("beta_slow", 1.0)
+            return YarnScaling(factor, original, _yarn_attention(factor, stated), *slow_and_fast, bool(stated.get("truncate", True)))
+        if kind in ("longrope", "su"):
+            factor = number("factor", stretched)
+            attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            short, long = (tuple(map(float, stated.get(key) or ())) for key in ("short_factor", "long_factor"))
+            return LongRopeScaling(short, long, original, number("attention_factor", attention))
+        known = "default, linear, dynamic, llama3, yarn, longrope"
+        raise Unsupported(f"{self.where}: rope scaling {kind} is not served; known are {known}")
+
+
+def _yarn_attention(factor: float, stated: Mapping[str, Any]) -> float:
+    def magnitude(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if stated.get("attention_factor") is not None:
+        return float(stated["attention_factor"])
+    if stated.get("mscale") and stated.get("mscale_all_dim"):
+        return magnitude(stated["mscale"]) / magnitude(stated["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FilesError(f"{path} is missing; a model folder holds config.json, *.safetensors and tokenizer.json") from None
+    except (OSError, ValueError) as error:
+        raise FilesError(f"{path} cannot be read as JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise FilesError(f"{path} must hold a JSON object; found {type(value).__name__}")
+    return value

@@ -1,0 +1,43 @@
+"""Print a model's tree, for people and for the snapshots that a change to it is reviewed by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import groupby
+from typing import Any
+
+from kvrun.spec.model import Layer, Model
+
+
+def describe(model: Model) -> str:
+    """The tree of a model, equal neighbouring layers folded into one. Fields that hold their default are left out."""
+    embed, layers, head = model.decoder.embed, model.decoder.layers, model.decoder.head
+    lines = [f"positions {model.positions or 'unlimited'}", *_lines("embed", embed)]
+    number = 0
+    for steps, equal in groupby(layers, key=lambda layer: layer.steps):
+        run: list[Layer] = list(equal)
+        span = f"layers {number}" if len(run) == 1 else f"layers {number} to {number + len(run) - 1}"
+        lines.append(f"{span} at {run[0].at}")
+        lines += [f"  {line}" for step in steps for line in _lines("", step)]
+        number += len(run)
+    return "\n".join([*lines, *_lines("head", head)]) + "\n"
+
+
+def _lines(label: str, value: Any) -> Iterator[str]:
+    """One line for the value with its plain fields, then its parts, indented."""
+    parts = [(f.name, getattr(value, f.name)) for f in fields(value) if f.default is MISSING or getattr(value, f.name) != f.default]
+    inline = " ".join(f"{name}={_plain(v)}" for name, v in parts if not _is_part(v))
+    yield " ".join(filter(None, (label, type(value).__name__, inline)))
+    for name, v in parts:
+        if _is_part(v):
+            for part in v if isinstance(v, tuple) else (v,):
+                yield from (f"  {line}" for line in _lines("" if isinstance(v, tuple) else name, part))
+
+
+def _is_part(value: Any) -> bool:
+    return is_dataclass(value) or (isinstance(value, tuple) and bool(value) and is_dataclass(value[0]))
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
