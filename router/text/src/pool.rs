@@ -1,0 +1,113 @@
+//! Worker threads that tokenize, so that one long prompt never stalls the server's event loop.
+
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+
+use crate::tokenizer::{Encoded, Tokenizer};
+
+/// A text was not tokenized.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// The text is so long in bytes that it cannot fit in tokens.
+    #[error("the text has {bytes} bytes and at most {limit} can fit; shorten it")]
+    TooLong {
+        /// Bytes of the text.
+        bytes: usize,
+        /// Most bytes that are looked at.
+        limit: usize,
+    },
+    /// All workers are busy and their queue is full.
+    #[error("too many texts wait to be tokenized; retry shortly")]
+    Busy,
+    /// The tokenizer has no encoding for the text.
+    #[error("the text cannot be tokenized: {0}")]
+    Unfit(String),
+}
+
+struct Job {
+    text: String,
+    add_special: bool,
+    reply: oneshot::Sender<Result<Encoded, String>>,
+}
+
+/// Tokenizes on its own threads, with a bounded queue. Cheap to clone; the threads end with the last clone.
+#[derive(Clone)]
+pub struct TokenizerPool {
+    tokenizer: Arc<Tokenizer>,
+    jobs: SyncSender<Job>,
+}
+
+impl TokenizerPool {
+    /// Starts `workers` threads (at least one) that take up to `queue` waiting texts.
+    pub fn start(tokenizer: Tokenizer, workers: usize, queue: usize) -> std::io::Result<Self> {
+        let tokenizer = Arc::new(tokenizer);
+        let (jobs, waiting) = sync_channel(queue.max(1));
+        let waiting = Arc::new(Mutex::new(waiting));
+        for number in 0..workers.max(1) {
+            let (tokenizer, waiting) = (tokenizer.clone(), waiting.clone());
+            std::thread::Builder::new()
+                .name(format!("tokenize-{number}"))
+                .spawn(move || work(&tokenizer, &waiting))?;
+        }
+        Ok(Self { tokenizer, jobs })
+    }
+
+    /// The tokenizer itself, for the cheap direction: ids to text.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// Tokenizes `text`; more than `byte_limit` bytes are refused unread.
+    pub async fn encode(
+        &self,
+        text: String,
+        add_special: bool,
+        byte_limit: usize,
+    ) -> Result<Encoded, EncodeError> {
+        if text.len() > byte_limit {
+            return Err(EncodeError::TooLong {
+                bytes: text.len(),
+                limit: byte_limit,
+            });
+        }
+        let (reply, answer) = oneshot::channel();
+        let job = Job {
+            text,
+            add_special,
+            reply,
+        };
+        self.jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => EncodeError::Busy,
+            TrySendError::Disconnected(_) => {
+                EncodeError::Unfit("no tokenizer thread is left".into())
+            }
+        })?;
+        match answer.await {
+            Ok(encoded) => encoded.map_err(EncodeError::Unfit),
+            Err(_) => Err(EncodeError::Unfit("the tokenizer gave up on it".into())),
+        }
+    }
+}
+
+fn work(tokenizer: &Tokenizer, waiting: &Mutex<Receiver<Job>>) {
+    loop {
+        let job = waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv();
+        let Ok(job) = job else { return };
+        // Nobody waits any more: the client left while its text was queued.
+        if job.reply.is_closed() {
+            continue;
+        }
+        // A tokenizer that panics on one text must not take the thread, and with it every later text, along.
+        let encoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            tokenizer.encode(&job.text, job.add_special)
+        }));
+        let _ = job
+            .reply
+            .send(encoded.unwrap_or_else(|_| Err("the tokenizer failed on it".into())));
+    }
+}
