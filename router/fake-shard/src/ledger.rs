@@ -1,0 +1,416 @@
+//! What a shard holds in one epoch, and every rule of the protocol that can be checked from there.
+//!
+//! Each page remembers the chain of tokens that was written into it, so a page that is read under another prefix,
+//! another adapter, or after someone else wrote to it, is found at that very step.
+
+use crate::adapter::Adapter;
+use crate::faults::{Faults, Mark};
+use crate::tokens;
+use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step, Token};
+use std::collections::{HashMap, HashSet};
+
+/// Sizes a ledger checks against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Page ids are `0..pages`.
+    pub pages: u64,
+    /// Tokens of one page.
+    pub page_tokens: u32,
+    /// Most tokens of one step.
+    pub step_tokens: u32,
+    /// Most rows of one step.
+    pub step_rows: u32,
+    /// Token ids are below it.
+    pub vocabulary: u32,
+    /// Most tokens of one sequence.
+    pub positions: u32,
+}
+
+/// Why a step was not answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Breach {
+    /// The router broke a rule.
+    Rule(String),
+    /// A row held a token marked as poison.
+    Poison,
+}
+
+struct Sequence {
+    tokens: Vec<u32>,
+    /// `chains[i]` covers tokens `0..=i`.
+    chains: Vec<u64>,
+    root: u64,
+    prompt_tokens: u32,
+    sampling: Sampling,
+    adapter: u64,
+    pages: Vec<u32>,
+    computed: u32,
+    failed: bool,
+}
+
+impl Sequence {
+    fn push(&mut self, token: u32) {
+        let before = self.chain_before(self.tokens.len());
+        self.tokens.push(token);
+        self.chains.push(tokens::extend(before, token));
+    }
+
+    fn chain_before(&self, position: usize) -> u64 {
+        match position.checked_sub(1) {
+            Some(last) => self.chains[last],
+            None => self.root,
+        }
+    }
+}
+
+/// One epoch's sequences, pages and adapters.
+pub struct Ledger {
+    sizes: Sizes,
+    /// Number of the last step.
+    number: u64,
+    sequences: HashMap<u64, Sequence>,
+    /// Chains written into each page, slot by slot.
+    pages: Vec<Vec<u64>>,
+    /// Live sequences whose table holds the page.
+    users: Vec<u32>,
+    adapters: HashMap<u64, Adapter>,
+}
+
+macro_rules! rule {
+    ($holds:expr, $($text:tt)*) => {
+        if !$holds {
+            return Err(Breach::Rule(format!($($text)*)));
+        }
+    };
+}
+
+impl Ledger {
+    /// An epoch that holds nothing yet.
+    pub fn new(sizes: Sizes) -> Self {
+        Self {
+            sizes,
+            number: 0,
+            sequences: HashMap::new(),
+            pages: vec![Vec::new(); sizes.pages as usize],
+            users: vec![0; sizes.pages as usize],
+            adapters: HashMap::new(),
+        }
+    }
+
+    /// Keeps a loaded adapter; a handle is never used twice.
+    pub fn load(&mut self, handle: u64, adapter: Adapter) -> Result<(), Breach> {
+        rule!(handle != 0, "adapter handle 0 is the base model");
+        rule!(
+            !self.adapters.contains_key(&handle),
+            "adapter handle {handle} is in use"
+        );
+        self.adapters.insert(handle, adapter);
+        Ok(())
+    }
+
+    /// Forgets an adapter that no admitted sequence uses.
+    pub fn unload(&mut self, handle: u64) -> Result<(), Breach> {
+        let user = self
+            .sequences
+            .iter()
+            .find(|(_, sequence)| sequence.adapter == handle);
+        if let Some((id, _)) = user {
+            return Err(Breach::Rule(format!(
+                "adapter {handle} unloaded while sequence {id} uses it"
+            )));
+        }
+        self.adapters.remove(&handle);
+        Ok(())
+    }
+
+    /// Bytes of all adapters held.
+    pub fn adapter_bytes(&self) -> u64 {
+        self.adapters.values().map(|adapter| adapter.bytes).sum()
+    }
+
+    /// Sequences admitted and not released.
+    pub fn live(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Pages in the table of a live sequence.
+    pub fn pages_in_use(&self) -> usize {
+        self.users.iter().filter(|&&users| users > 0).count()
+    }
+
+    /// Adapters held.
+    pub fn adapters(&self) -> usize {
+        self.adapters.len()
+    }
+
+    /// Computes one step: release, then admit, then rows.
+    pub fn step(&mut self, step: &Step, faults: &Faults) -> Result<Vec<RowOutcome>, Breach> {
+        rule!(
+            step.number == self.number + 1,
+            "step {} after step {}",
+            step.number,
+            self.number
+        );
+        self.number = step.number;
+        for id in &step.release {
+            let sequence = self.sequences.remove(id);
+            let Some(sequence) = sequence else {
+                return Err(Breach::Rule(format!(
+                    "released sequence {id}, which is not admitted"
+                )));
+            };
+            for page in sequence.pages {
+                self.users[page as usize] -= 1;
+            }
+        }
+        for admit in &step.admit {
+            self.admit(admit)?;
+        }
+        let total: u64 = step.rows.iter().map(|row| u64::from(row.tokens)).sum();
+        rule!(
+            total <= u64::from(self.sizes.step_tokens),
+            "{total} tokens in a step of at most {}",
+            self.sizes.step_tokens
+        );
+        rule!(
+            step.rows.len() <= self.sizes.step_rows as usize,
+            "{} rows in a step of at most {}",
+            step.rows.len(),
+            self.sizes.step_rows
+        );
+        let mut once = HashSet::new();
+        for row in &step.rows {
+            rule!(
+                once.insert(row.sequence),
+                "two rows of sequence {} in one step",
+                row.sequence
+            );
+            self.grant(row)?;
+        }
+        step.rows
+            .iter()
+            .map(|row| self.compute(row, faults))
+            .collect()
+    }
+
+    fn admit(&mut self, admit: &Admit) -> Result<(), Breach> {
+        let id = admit.sequence;
+        rule!(
+            !self.sequences.contains_key(&id),
+            "sequence {id} admitted twice"
+        );
+        rule!(
+            !admit.tokens.is_empty(),
+            "sequence {id} admitted without tokens"
+        );
+        rule!(
+            admit.prompt_tokens >= 1 && admit.prompt_tokens as usize <= admit.tokens.len(),
+            "sequence {id}: prompt of {} among {} tokens",
+            admit.prompt_tokens,
+            admit.tokens.len()
+        );
+        let foreign = admit
+            .tokens
+            .iter()
+            .find(|&&token| token >= self.sizes.vocabulary);
+        if let Some(token) = foreign {
+            return Err(Breach::Rule(format!(
+                "sequence {id}: token {token} is outside the vocabulary"
+            )));
+        }
+        let Some(sampling) = admit.sampling.clone() else {
+            return Err(Breach::Rule(format!(
+                "sequence {id} admitted without sampling"
+            )));
+        };
+        let root = match admit.adapter {
+            0 => tokens::root(""),
+            handle => match self.adapters.get(&handle) {
+                Some(adapter) => tokens::root(&adapter.digest),
+                None => return Err(Breach::Rule(format!("sequence {id}: no adapter {handle}"))),
+            },
+        };
+        let mut sequence = Sequence {
+            tokens: Vec::with_capacity(admit.tokens.len()),
+            chains: Vec::with_capacity(admit.tokens.len()),
+            root,
+            prompt_tokens: admit.prompt_tokens,
+            sampling,
+            adapter: admit.adapter,
+            pages: Vec::new(),
+            computed: 0,
+            failed: false,
+        };
+        admit.tokens.iter().for_each(|&token| sequence.push(token));
+        self.sequences.insert(id, sequence);
+        Ok(())
+    }
+
+    /// Appends a row's pages to its sequence's table.
+    fn grant(&mut self, row: &Row) -> Result<(), Breach> {
+        let id = row.sequence;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Err(Breach::Rule(format!(
+                "row of sequence {id}, which is not admitted"
+            )));
+        };
+        for &page in &row.pages {
+            rule!(
+                u64::from(page) < self.sizes.pages,
+                "sequence {id}: page {page} is outside the pool"
+            );
+            rule!(
+                !sequence.pages.contains(&page),
+                "sequence {id} was given page {page} twice"
+            );
+            sequence.pages.push(page);
+            self.users[page as usize] += 1;
+        }
+        Ok(())
+    }
+
+    fn compute(&mut self, row: &Row, faults: &Faults) -> Result<RowOutcome, Breach> {
+        let id = row.sequence;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Err(Breach::Rule(format!(
+                "row of sequence {id}, which is not admitted"
+            )));
+        };
+        check_row(row, sequence, &self.sizes)?;
+        let mut outcome = RowOutcome {
+            sequence: id,
+            ..Default::default()
+        };
+        match faults.mark_of(&sequence.tokens) {
+            Some(Mark::Poison) => return Err(Breach::Poison),
+            Some(Mark::RowError(text)) => {
+                sequence.failed = true;
+                outcome.error = text;
+                return Ok(outcome);
+            }
+            None => {}
+        }
+        let width = self.sizes.page_tokens as usize;
+        read(sequence, row.start as usize, width, &self.pages, id)?;
+        write(sequence, row, width, &mut self.pages, &self.users)?;
+        sequence.computed = row.start + row.tokens;
+        if sequence.sampling.prompt_logprobs {
+            outcome.prompt = prompt_tokens(sequence, row, self.sizes.vocabulary);
+        }
+        if row.sample {
+            let answered = sequence.tokens.len() as u32 - sequence.prompt_tokens;
+            let chain = sequence.chain_before(sequence.tokens.len());
+            let token = tokens::sample(chain, &sequence.sampling, answered, self.sizes.vocabulary);
+            sequence.push(token.id);
+            outcome.tokens = vec![token];
+        }
+        Ok(outcome)
+    }
+}
+
+fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result<(), Breach> {
+    let id = row.sequence;
+    let (start, end) = (row.start, u64::from(row.start) + u64::from(row.tokens));
+    let known = sequence.tokens.len() as u64;
+    let first = sequence.computed == 0;
+    rule!(
+        !sequence.failed,
+        "sequence {id} goes on after its row failed"
+    );
+    rule!(row.tokens >= 1, "sequence {id}: a row without tokens");
+    rule!(
+        row.drafts.is_empty(),
+        "sequence {id}: drafts, which the fake does not verify"
+    );
+    rule!(
+        first || start == sequence.computed,
+        "sequence {id}: row starts at {start}, {} tokens are computed",
+        sequence.computed
+    );
+    rule!(
+        end <= known,
+        "sequence {id}: row ends at {end}, {known} tokens are known"
+    );
+    rule!(
+        end <= u64::from(sizes.positions),
+        "sequence {id}: row ends at {end}, the model has {} positions",
+        sizes.positions
+    );
+    rule!(
+        row.sample == (end == known),
+        "sequence {id}: sample is {} at {end} of {known}",
+        row.sample
+    );
+    let room = sequence.pages.len() as u64 * u64::from(sizes.page_tokens);
+    rule!(
+        end <= room,
+        "sequence {id}: row ends at {end}, its pages hold {room}"
+    );
+    Ok(())
+}
+
+/// Everything before `start` must lie in the sequence's pages, written under the same tokens and adapter.
+fn read(
+    sequence: &Sequence,
+    start: usize,
+    width: usize,
+    pages: &[Vec<u64>],
+    id: u64,
+) -> Result<(), Breach> {
+    for (place, &page) in sequence.pages.iter().enumerate() {
+        let begin = place * width;
+        if begin >= start {
+            break;
+        }
+        let last = (begin + width).min(start) - 1;
+        let found = pages[page as usize].get(last - begin);
+        rule!(
+            found == Some(&sequence.chains[last]),
+            "sequence {id}: page {page} does not hold its tokens {begin}..={last} under its adapter"
+        );
+    }
+    Ok(())
+}
+
+fn write(
+    sequence: &Sequence,
+    row: &Row,
+    width: usize,
+    pages: &mut [Vec<u64>],
+    users: &[u32],
+) -> Result<(), Breach> {
+    for position in row.start as usize..(row.start + row.tokens) as usize {
+        let page = sequence.pages[position / width] as usize;
+        let slot = position % width;
+        rule!(
+            users[page] == 1,
+            "sequence {}: writes to page {page}, which {} sequences hold",
+            row.sequence,
+            users[page]
+        );
+        // What lies behind the slot belongs to an earlier owner of the page.
+        pages[page].truncate(slot);
+        rule!(
+            pages[page].len() == slot,
+            "sequence {}: page {page} has a gap before slot {slot}",
+            row.sequence
+        );
+        pages[page].push(sequence.chains[position]);
+    }
+    Ok(())
+}
+
+fn prompt_tokens(sequence: &Sequence, row: &Row, vocabulary: u32) -> Vec<Token> {
+    (row.start.max(1)..(row.start + row.tokens).min(sequence.prompt_tokens))
+        .map(|position| {
+            let position = position as usize;
+            let top = sequence.sampling.top_logprobs;
+            tokens::observed(
+                sequence.chain_before(position),
+                sequence.tokens[position],
+                top,
+                vocabulary,
+            )
+        })
+        .collect()
+}
