@@ -40,8 +40,16 @@ class Linear:
     In a row-parallel linear the result is this rank's partial sum: the residual reduces it, and only rank 0 has a bias.
     """
 
-    def __init__(self, site: int, role: str, sources: tuple[Source, ...], weight: QuantizedLinear, bias: Tensor | None,
-                 out_features: int, in_features: int) -> None:
+    def __init__(
+        self,
+        site: int,
+        role: str,
+        sources: tuple[Source, ...],
+        weight: QuantizedLinear,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+    ) -> None:
         self.site = site  # index in LoadedModel.linears
         self.role = role  # "column", "row" or "whole"
         self.sources = sources

@@ -20,14 +20,13 @@ class PageShape:
 class KvPages:
     """Keys and values of every layer: `layers[i]` is [pages, 2, kv_heads, page_tokens, head_dim], key 0 and value 1."""
 
-    def __init__(self, shapes: Sequence[PageShape], pages: int, page_tokens: int, dtype: torch.dtype,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, shapes: Sequence[PageShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
-        self.layers: list[Tensor] = [
-            torch.zeros(pages, 2, s.kv_heads, page_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes
-        ]
+        self.layers: list[Tensor] = [torch.zeros(pages, 2, s.kv_heads, page_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes]
 
     @property
     def bytes(self) -> int:

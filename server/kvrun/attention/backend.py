@@ -1,0 +1,49 @@
+"""What an attention backend must offer: prepare once per step, then attend layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kvrun.state.pages import KvPages
+
+
+class Ragged(Protocol):
+    """The part of a forward batch that says which tokens belong together and where their pages are."""
+
+    @property
+    def query_start(self) -> Tensor: ...  # [N + 1] int32
+    @property
+    def contexts(self) -> Tensor: ...  # [N] int32
+    @property
+    def page_table(self) -> Tensor: ...  # [N, M] int32
+    @property
+    def slots(self) -> Tensor: ...  # [T] int32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one layer scores a key for a query."""
+
+    scale: float
+    window: int = 0  # 0 = all keys
+    slopes: Tensor | None = None  # [heads] float32: added per position of distance
+
+
+class AttentionStep(Protocol):
+    """A prepared step."""
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """Store k and v in their slots, then attend each query to its sequence's pages up to itself.
+
+        q [T, heads, dim] · k, v [T, kv_heads, dim] · out [T, heads, dim]
+        """
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention over pages."""
+
+    def plan(self, batch: Ragged, kv: KvPages) -> AttentionStep:
+        """Prepare what all layers of a step share."""

@@ -1,0 +1,96 @@
+"""Rotary tables and alibi slopes, computed from a description of them."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+
+import torch
+from kvrun_kernels import ops
+from torch import Tensor
+
+from kvrun.errors import Unsupported
+from kvrun.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from kvrun.spec.positions import RopeScaling
+
+FIRST_ROWS = 4096
+
+
+class RotaryTable:
+    """Cosines and sines by position, shared by all layers that rotate alike. Grows to the longest sequence seen."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._style = rope.style
+        self._frequencies, self._scale = frequencies(rope)
+        self._cos = self._sin = torch.empty(0)
+        self.reach(FIRST_ROWS)
+
+    def reach(self, positions: int) -> None:
+        """Have rows for at least this many positions."""
+        if positions <= self._cos.shape[0]:
+            return
+        rows = 1 << (positions - 1).bit_length()
+        angles = torch.arange(rows, dtype=torch.float32)[:, None] * self._frequencies
+        self._cos, self._sin = angles.cos() * self._scale, angles.sin() * self._scale
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        """Rotate queries and keys in place. q [T, heads, dim] · k [T, kv_heads, dim] · positions [T] int32"""
+        ops.rope_(q, k, positions, self._cos, self._sin, style=self._style)
+
+
+def frequencies(rope: Rope) -> tuple[Tensor, float]:
+    """Radians per position of each pair, [dim / 2] float32, and what cosines and sines are multiplied with."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    plain = 1.0 / rope.theta**exponents
+    return (plain, 1.0) if rope.scaling is None else _scaled(rope.scaling, plain, rope)
+
+
+@singledispatch
+def _scaled(scaling: RopeScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    raise TypeError(f"no frequencies for a {type(scaling).__name__}")
+
+
+@_scaled.register
+def _(scaling: LinearScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    return plain / scaling.factor, 1.0
+
+
+@_scaled.register
+def _(scaling: DynamicScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    # The base changes only beyond the model's own positions, and no longer sequence is ever admitted.
+    return plain, 1.0
+
+
+@_scaled.register
+def _(scaling: Llama3Scaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    rotations = scaling.original_positions * plain / (2 * math.pi)
+    kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(plain / scaling.factor, plain, kept.clamp(0, 1)), 1.0
+
+
+@_scaled.register
+def _(scaling: YarnScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    def pair_of(rotations: float) -> float:
+        """The pair that makes this many rotations over the original positions."""
+        return rope.dim * math.log(scaling.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    width = high - low or 1e-3
+    stretched = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return torch.lerp(plain, plain / scaling.factor, stretched), scaling.attention_factor
+
+
+@_scaled.register
+def _(scaling: LongRopeScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+    # Which of the two tables holds depends on a sequence's final length, which a batch does not carry yet.
+    raise Unsupported("rope scaling longrope is not served; known are default, linear, dynamic, llama3, yarn")
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of every head, [heads] float32: powers of 2^(-8/n) for the largest power of two n, then those between."""
+    power = 1 << (heads.bit_length() - 1)
+    exponents = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(heads - power)]
+    return torch.tensor([2.0**-e for e in exponents])

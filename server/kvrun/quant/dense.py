@@ -1,0 +1,38 @@
+"""Weights as the checkpoint has them, packed once into the panels that the matmul streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from kvrun_kernels import ops
+from torch import Tensor
+
+from kvrun.quant.format import Axes
+
+
+class Dense:
+    """One number per output and input."""
+
+    def tensors(self) -> Mapping[str, Axes]:
+        return {"weight": Axes(out=0, inp=1)}
+
+    def build(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> DenseLinear:
+        return DenseLinear(tensors["weight"].to(dtype))
+
+
+class DenseLinear:
+    """A packed weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight [out, in]; not kept beside its packed form."""
+        self._packed = ops.pack_linear(weight.contiguous())
+        self._in_features, self._dtype = weight.shape[1], weight.dtype
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]"""
+        return ops.linear(x, self._packed, bias)
+
+    def dense(self) -> Tensor:
+        """The weight, [out, in], read back by multiplying the unit matrix, which is exact."""
+        return self.matmul(torch.eye(self._in_features, dtype=self._dtype)).t()

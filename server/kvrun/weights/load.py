@@ -1,0 +1,149 @@
+"""Hold a checkpoint against a plan, then read it part by part. Whatever is missing, surplus or misshapen is an error by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from kvrun.errors import FilesError, Unsupported
+from kvrun.weights.checkpoint import Checkpoint, extent
+from kvrun.weights.naming import Naming
+from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan
+from kvrun.weights.shard import Axes
+from kvrun.weights.split import Runs, merge
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SHOWN = 10  # names in a message
+
+
+class Loader:
+    """Reads what plans ask for from one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, naming: Naming) -> None:
+        self.checkpoint = checkpoint
+        self.naming = naming
+
+    def audit(self, plan: ModelPlan, axes: Mapping[str, Axes], leftovers: Iterable[str]) -> None:
+        """Refuse a checkpoint that lacks a declared tensor, has one in another shape, or has one that nobody reads.
+
+        `axes` are the tensors of the weight format in use. Raises FilesError with up to ten names.
+        """
+        wanted = dict(self._wanted(plan, axes))
+        entries, folder = self.checkpoint.entries, self.checkpoint.folder
+        missing = [name for name in wanted if name not in entries]
+        if missing:
+            raise FilesError(f"{folder} lacks {_names(missing)}; its config.json asks for them, so the two do not belong together")
+        for name, shape in wanted.items():
+            if shape is not None and entries[name].shape != shape:
+                found = f"{list(entries[name].shape)}, not {list(shape)} as config.json says"
+                raise FilesError(f"{entries[name].file}: tensor {name} is {found}; config and weights do not belong together")
+        known = [re.compile(pattern) for pattern in leftovers]
+        unread = [name for name in entries if name not in wanted and not any(p.search(name) for p in known)]
+        if unread:
+            raise FilesError(f"{folder} holds {_names(unread)} that nobody would read; serving it without them would be another model")
+
+    def table(self, plan: TablePlan, dtype: torch.dtype) -> Tensor:
+        """This rank's rows of a table or vector."""
+        import torch
+
+        name = self._table_name(plan)
+        spans: tuple[Runs, ...] = (plan.rows, *(((0, n),) for n in plan.shape[1:]))
+        out = torch.empty(extent(spans), dtype=dtype)
+        self.checkpoint.read(name, spans, out)
+        return out
+
+    def linear(self, plan: LinearPlan, axes: Mapping[str, Axes]) -> dict[str, Tensor]:
+        """The tensors of a linear's weight, each cut to this rank and its parts joined, in the file's own dtype."""
+        return {suffix: self._cut(plan, suffix, axis) for suffix, axis in axes.items()}
+
+    def bias(self, plan: LinearPlan, dtype: torch.dtype) -> Tensor | None:
+        """What this rank adds to the linear's output, [out_features]; None when that is nothing."""
+        import torch
+
+        if not plan.bias_here:
+            return None
+        out = torch.empty(plan.out_features, dtype=dtype)
+        at = 0
+        for cut in plan.cuts:
+            (rows,) = extent((cut.rows,))
+            self.checkpoint.read(self.naming(f"{cut.module}.bias"), (cut.rows,), out[at : at + rows])
+            at += rows
+        return out
+
+    def _cut(self, plan: LinearPlan, suffix: str, axes: Axes) -> Tensor:
+        import torch
+
+        flip = plan.transposed and suffix == "weight"
+        axes = axes.flipped() if flip else axes
+        names = [self.naming(f"{cut.module}.{suffix}") for cut in plan.cuts]
+        spans = [axes.spans(cut, self.checkpoint.entries[name].shape) for cut, name in zip(plan.cuts, names, strict=True)]
+        if len(spans) > 1 and axes.out is None:
+            raise Unsupported(f"{names[0]} has no output axis to join {len(spans)} parts along; this format needs its own rule")
+        joined = list(extent(spans[0]))
+        if axes.out is not None:
+            joined[axes.out] = sum(extent(span)[axes.out] for span in spans)
+        out = torch.empty(joined, dtype=torch_dtype(self.checkpoint.entries[names[0]].dtype))
+        at = 0
+        for name, span in zip(names, spans, strict=True):
+            rows = extent(span)[axes.out] if axes.out is not None else 0
+            self.checkpoint.read(name, span, out if axes.out is None else out.narrow(axes.out, at, rows))
+            at += rows
+        return out.t() if flip else out
+
+    def _wanted(self, plan: ModelPlan, axes: Mapping[str, Axes]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+        """Every tensor some rank reads, with its shape where the plan alone fixes it."""
+        for table in plan.all_tables():
+            yield self._table_name(table), table.shape
+        for linear in plan.linears:
+            for cut in linear.cuts:
+                whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
+                for suffix, axis in axes.items():
+                    yield self.naming(f"{cut.module}.{suffix}"), whole if axis.plain else None
+                if linear.bias:
+                    yield self.naming(f"{cut.module}.bias"), (cut.out_features,)
+
+    def _table_name(self, plan: TablePlan) -> str:
+        name = self.naming(plan.tensor)
+        if name not in self.checkpoint.entries and plan.instead is not None:
+            other = self.naming(plan.instead)
+            return other if other in self.checkpoint.entries else name
+        return name
+
+
+def indices(runs: Runs) -> Tensor:
+    """The indices that ranges hold, in their order, int64."""
+    import torch
+
+    return torch.cat([torch.arange(start, stop) for start, stop in merge(runs)] or [torch.empty(0, dtype=torch.int64)])
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of safetensors' own name for it."""
+    import torch
+
+    known = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    if name not in known:
+        raise Unsupported(f"tensors of type {name} are not read; known are {', '.join(known)}")
+    return known[name]
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:SHOWN])}{more})"

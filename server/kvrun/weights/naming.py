@@ -1,0 +1,36 @@
+"""Where a checkpoint's names differ from the declared ones by a prefix, as saved by another class around or inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from kvrun.spec import Model
+from kvrun.weights.plan import branches, join
+
+OUTER = ("model.", "transformer.", "language_model.", "language_model.model.", "model.language_model.")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Declared names that begin with `declared` are stored beginning with `stored`."""
+
+    declared: str = ""
+    stored: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.stored + name[len(self.declared) :] if name.startswith(self.declared) else name
+
+
+def probe(model: Model, names: Collection[str]) -> Naming:
+    """Find the prefix under which a checkpoint stores this model, by looking for one tensor that every file must have."""
+    embed, layers = model.decoder.embed, model.decoder.layers
+    base = embed.name[: embed.name.rfind(".") + 1]
+    known = [f"{embed.name}.weight"]
+    known += [f"{join(layers[0].at, norm.name)}.weight" for norm, _ in branches(layers[0])] if layers else []
+    inner = [base[i + 1 :] for i, character in enumerate(base) if character == "."]  # "model.decoder." -> "decoder.", ""
+    for stored in (base, *inner, *(outer + rest for outer in OUTER for rest in (base, *inner))):
+        naming = Naming(base, stored)
+        if any(naming(name) in names for name in known if name.startswith(base)):
+            return naming
+    return Naming()
