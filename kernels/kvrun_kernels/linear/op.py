@@ -1,0 +1,95 @@
+"""Matrix products with a weight that was packed once, at load, into the layout that the kernel streams."""
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+
+SCHEMA = "linear(Tensor x, PackedLinear packed, Tensor? bias=None) -> Tensor"
+
+# Output rows in a panel: two AVX-512 vectors, four AVX2 vectors (include/panel.h says the same).
+PANEL = 32
+
+_kernel = Kernel("linear", "pppp iiiii iii")
+_pack = Kernel("pack_linear", "pp iii i")
+
+
+class PackedLinear:
+    """A weight [out_features, in_features], held once: as panels for the native kernel, or as it came.
+
+    A panel is 32 output rows, stored input by input, so that a thread reads one straight stream; 16-bit weights keep
+    the two values of adjacent inputs together. Ends are padded with zeros.
+    """
+
+    __slots__ = ("in_features", "out_features", "panels", "plain")
+
+    def __init__(self, out_features: int, in_features: int, panels: Tensor | None, plain: Tensor | None):
+        self.out_features = out_features
+        self.in_features = in_features
+        self.panels = panels
+        self.plain = plain
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._held().dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self._held().nbytes
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Output rows `ids` of the weight, plain: what an embedding that shares this weight looks up. -> [ids, in]"""
+        if self.plain is not None:
+            return self.plain[ids]
+        return self.panels[ids // PANEL, :, ids % PANEL].flatten(-2)[..., : self.in_features]
+
+    def dense(self) -> Tensor:
+        """The whole weight as it came, copied out. -> [out_features, in_features]"""
+        if self.plain is not None:
+            return self.plain
+        return self.panels.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
+
+    def _held(self) -> Tensor:
+        return self.plain if self.plain is not None else self.panels
+
+
+def pack_linear(weight: Tensor) -> PackedLinear:
+    """Lay out a weight [out_features, in_features] for `linear`; the caller can let go of it afterwards."""
+    out_features, in_features = weight.shape
+    if _pack.run is None or not on_cpu(weight) or 0 in weight.shape:
+        return PackedLinear(out_features, in_features, None, weight)
+    # [panels, inputs / pair, PANEL, pair]
+    pair = 1 if weight.dtype == torch.float32 else 2
+    shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
+    panels = torch.empty(shape, dtype=weight.dtype)
+    _pack.run(panels.data_ptr(), weight.data_ptr(), out_features, in_features, weight.stride(0), DTYPES[weight.dtype])
+    return PackedLinear(out_features, in_features, panels, None)
+
+
+def reference(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    out = x.float() @ packed.dense().float().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows by the weight's transpose and add the bias; sums are float32 and rounded once.
+
+    x [rows, in_features] · bias [out_features] · out [rows, out_features], dtype of x. A row's result is the same to
+    the bit whatever the number of rows.
+    """
+    if x.dim() != 2 or x.shape[1] != packed.in_features:
+        raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")
+    if packed.panels is None:
+        if not x.is_cpu or x.dtype != packed.plain.dtype:
+            return reference(x, packed, bias)
+        return torch.nn.functional.linear(x, packed.plain, None if bias is None else bias.to(x.dtype))
+    if _kernel.run is None or not on_cpu(x, bias):
+        return reference(x, packed, bias)
+    out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+    _kernel.run(
+        out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), None if bias is None else bias.data_ptr(),
+        x.shape[0], packed.out_features, packed.in_features, x.stride(0), 0,
+        DTYPES[x.dtype], DTYPES[packed.panels.dtype], 0 if bias is None else DTYPES[bias.dtype],
+    )  # fmt: skip
+    return out

@@ -1,0 +1,130 @@
+"""Loads the native library and hands each op the function for this processor's instruction set.
+
+What lives here: finding `native.so`, choosing a level, counting threads. What never does: tensors' meaning.
+Two variables force a choice, for tests and for diagnosis: `KVRUN_ISA` (a level's name) and
+`KVRUN_KERNELS=reference` (no native code at all).
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("native.so")
+
+# Best first. A level runs the functions compiled for it, or for the next lower one that has them.
+LEVELS = ("avx512_bf16", "avx512", "avx2", "generic")
+
+# The codes that the C++ side knows dtypes by (include/dtypes.h).
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class Kernel:
+    """One op's native function. `run` is None while the reference has to serve.
+
+    `signature` has a letter per argument: p pointer, i 64-bit integer, f float.
+    """
+
+    def __init__(self, name: str, signature: str):
+        self.name = name
+        self.run: Callable[..., None] | None = None
+        self.level: str | None = None
+        self._types = [_ARGUMENTS[letter] for letter in signature if letter != " "]
+        _kernels[name] = self
+        self.resolve(_chosen)
+
+    def resolve(self, level: str | None) -> None:
+        """Point `run` at the best function at or below `level`; None means the reference."""
+        self.run, self.level = None, None
+        if level is None or _library is None:
+            return
+        for candidate in LEVELS[LEVELS.index(level) :]:
+            function = getattr(_library, f"kvrun_{self.name}_{candidate}", None)
+            if function is not None:
+                function.argtypes, function.restype = self._types, None
+                self.run, self.level = function, candidate
+                return
+
+
+def levels() -> tuple[str, ...]:
+    """The levels that this processor can run, best first; empty without the library."""
+    if _library is None:
+        return ()
+    return tuple(level for level in LEVELS if _library.kvrun_can_run(level.encode()))
+
+
+def use(level: str = "native") -> None:
+    """Serve every op from `level`: "native" (the best), "reference", or a name out of `levels()`."""
+    global _chosen
+    if level == "reference" or (level == "native" and _library is None):
+        _chosen = None
+    elif level == "native":
+        _chosen = _best()
+    elif level in levels():
+        _chosen = level
+    else:
+        raise ValueError(
+            f"instruction set level {level!r} asked, this machine has {', '.join(levels()) or 'no native library'}; "
+            'use one of these, "native" or "reference"'
+        )
+    for kernel in _kernels.values():
+        kernel.resolve(_chosen)
+
+
+def describe() -> dict[str, str]:
+    """Say what serves each op, as {"linear": "native/avx512", "rope": "reference", ...}."""
+    import kvrun_kernels.ops  # noqa: F401  (the ops register themselves)
+
+    return {name: f"native/{k.level}" if k.run else "reference" for name, k in sorted(_kernels.items())}
+
+
+def set_num_threads(count: int) -> None:
+    """Share every later call among `count` threads, the caller being one of them."""
+    if count < 1:
+        raise ValueError(f"{count} threads asked, at least 1 is needed")
+    if _library is not None:
+        _library.kvrun_set_num_threads(count)
+    else:
+        torch.set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """How many threads share a call; at first, the processors this process may run on."""
+    return _library.kvrun_get_num_threads() if _library is not None else torch.get_num_threads()
+
+
+def on_cpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether native code can read these: on the CPU, of a known dtype, last dimension contiguous."""
+    return all(t is None or (t.is_cpu and t.dtype in DTYPES and t.stride(-1) == 1) for t in tensors)
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("KVRUN_KERNELS") == "reference" or not LIBRARY.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        # A library of another processor family or C library must not keep the server down.
+        print(f"kvrun_kernels: {error}; the slower reference ops serve instead; rebuild with kernels/build.py", file=sys.stderr)
+        return None
+    library.kvrun_can_run.argtypes, library.kvrun_can_run.restype = [ctypes.c_char_p], ctypes.c_int
+    library.kvrun_prefers.argtypes, library.kvrun_prefers.restype = [ctypes.c_char_p], ctypes.c_int
+    library.kvrun_set_num_threads.argtypes, library.kvrun_set_num_threads.restype = [ctypes.c_int], None
+    library.kvrun_get_num_threads.argtypes, library.kvrun_get_num_threads.restype = [], ctypes.c_int
+    return library
+
+
+def _best() -> str:
+    """The level that is fastest here, which a processor's mere ability does not decide."""
+    return next(level for level in levels() if _library.kvrun_prefers(level.encode()))
+
+
+_kernels: dict[str, Kernel] = {}
+_chosen: str | None = None
+_library = _load()
+use(os.environ.get("KVRUN_ISA", "native") if _library is not None else "reference")

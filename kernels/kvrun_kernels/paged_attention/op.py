@@ -1,0 +1,86 @@
+"""Causal attention of ragged query rows over the pages of their sequences."""
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+
+SCHEMA = (
+    "paged_attention(Tensor q, Tensor pool, Tensor query_start, Tensor contexts, Tensor page_table, float scale, "
+    "int window=0, float softcap=0.0, Tensor? slopes=None) -> Tensor"
+)
+
+_kernel = Kernel("paged_attention", "pppppp p iiii iiii ii f i f ii")
+
+
+def reference(
+    q: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    contexts: Tensor,
+    page_table: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // pool.shape[2]
+    for n, context in enumerate(contexts.tolist()):
+        start, stop = int(query_start[n]), int(query_start[n + 1])
+        if start == stop:
+            continue
+        pages = pool[page_table[n, : -(-context // pool.shape[3])].long()].float()
+        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context].repeat_interleave(group, dim=1)
+        scores = torch.einsum("thd,hkd->htk", q[start:stop].float(), keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_at = torch.arange(context - (stop - start), context, device=q.device).unsqueeze(1)
+        key_at = torch.arange(context, device=q.device)
+        if slopes is not None:
+            scores = scores + slopes.float().view(-1, 1, 1) * (key_at - query_at)
+        hidden = key_at > query_at
+        if window:
+            hidden = hidden | (query_at - key_at >= window)
+        shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[start:stop] = torch.einsum("htk,hkd->thd", shares, values).to(q.dtype)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    contexts: Tensor,
+    page_table: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Attend each query row to its sequence's pages; prompts, chunks of prompts and single tokens in one call.
+
+    q [tokens, q_heads, dim] · pool [pages, 2, kv_heads, page_tokens, dim] · query_start [sequences + 1] int32: sequence
+    n owns query rows query_start[n] to query_start[n + 1] · contexts [sequences] int32: its last row sits at position
+    contexts[n] - 1 · page_table [sequences, pages of the longest] int32 · window w > 0: key j is seen from i iff
+    i - j < w · softcap c > 0: scores become c * tanh(score / c) · slopes [q_heads] float32: ALiBi, adds
+    slope * (j - i) · out [tokens, q_heads, dim].
+
+    A row's result is the same to the bit however the prompt is chunked and whatever else is in the batch.
+    """
+    if q.shape[1] % pool.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads over {pool.shape[2]} key heads; the first must be a multiple of the second")
+    tables = (query_start, contexts, page_table)
+    native = _kernel.run is not None and on_cpu(q, pool, slopes) and pool.is_contiguous()
+    native = native and all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in tables)
+    if not native or (slopes is not None and slopes.dtype != torch.float32):
+        return reference(q, pool, query_start, contexts, page_table, scale, window, softcap, slopes)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _kernel.run(
+        out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(),
+        page_table.data_ptr(), None if slopes is None else slopes.data_ptr(),
+        q.shape[0], q.shape[1], pool.shape[2], q.shape[2],
+        contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
+        q.stride(0), q.stride(1), scale, window, softcap, DTYPES[q.dtype], DTYPES[pool.dtype],
+    )  # fmt: skip
+    return out

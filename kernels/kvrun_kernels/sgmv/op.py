@@ -1,0 +1,88 @@
+"""Low-rank updates of row segments, each by an adapter of its own rank (BGMV for single rows, SGMV for runs)."""
+
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+
+SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
+
+_kernel = Kernel("sgmv", "ppp iiiii ii i")
+
+
+class Segment(NamedTuple):
+    """Rows start..stop get the update of one adapter at columns column..column + n of the output.
+
+    a [rank, in] · bt [rank, n], with the adapter's scale folded in · both contiguous and of one dtype.
+    """
+
+    start: int
+    stop: int
+    a: Tensor
+    bt: Tensor
+    column: int
+
+
+class LoraSegments:
+    """The segments of one linear in one batch, checked and laid out for the kernel.
+
+    Build it once for a batch's composition and keep it while that stays the same. No two segments may touch the same
+    element of the output. The tensors are kept alive.
+    """
+
+    def __init__(self, segments: Iterable[Segment]):
+        self.segments = tuple(segments)
+        self.stop = max((s.stop for s in self.segments), default=0)
+        self.columns = max((s.column + s.bt.shape[1] for s in self.segments), default=0)
+        self.inputs = self.segments[0].a.shape[1] if self.segments else 0
+        self.dtype = self.segments[0].a.dtype if self.segments else torch.float32
+        self.native = True
+        table = array("q")
+        for s in self.segments:
+            rank, inputs = s.a.shape
+            if inputs != self.inputs or s.bt.shape[0] != rank or not 0 <= s.start <= s.stop or s.column < 0:
+                raise ValueError(
+                    f"segment of rows {s.start}..{s.stop} with a {list(s.a.shape)}, bt {list(s.bt.shape)} at column "
+                    f"{s.column}; a must be [rank, {self.inputs}], bt [rank, columns], and start <= stop"
+                )
+            self.native &= s.a.dtype == s.bt.dtype == self.dtype and s.a.is_contiguous() and s.bt.is_contiguous()
+            table.extend((s.start, s.stop, s.a.data_ptr(), s.bt.data_ptr(), rank, s.bt.shape[1], s.column))
+        self.native &= on_cpu(*(s.a for s in self.segments))
+        self.table = table
+        self.address = table.buffer_info()[0]
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+
+def reference(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
+    for s in segments.segments:
+        update = (x[s.start : s.stop].float() @ s.a.float().T) @ s.bt.float()
+        target = y[s.start : s.stop, s.column : s.column + s.bt.shape[1]]
+        target.copy_(target.float() + update)
+
+
+def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
+    """Add x @ a.T @ bt of each segment to its rows and columns of y, in place; other rows cost nothing.
+
+    y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32.
+    A row's result is the same to the bit whether it is a segment alone or one of many in a run.
+    """
+    if not segments.segments:
+        return None
+    if segments.stop > y.shape[0] or segments.columns > y.shape[1] or segments.inputs != x.shape[1]:
+        raise ValueError(
+            f"segments reach row {segments.stop}, column {segments.columns} and read {segments.inputs} inputs; found y "
+            f"{list(y.shape)} and x {list(x.shape)}; build the segments for this batch and this linear"
+        )
+    if _kernel.run is None or not segments.native or not on_cpu(y, x):
+        return reference(y, x, segments)
+    _kernel.run(
+        y.data_ptr(), x.data_ptr(), segments.address, len(segments.segments), y.stride(0), x.stride(0), x.shape[1], 0,
+        DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[segments.dtype],
+    )  # fmt: skip
+    return None

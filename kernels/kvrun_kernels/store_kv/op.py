@@ -1,0 +1,35 @@
+"""Writing keys and values into the pages of the pool."""
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+
+SCHEMA = "store_kv(Tensor k, Tensor v, Tensor(a!) pool, Tensor slots) -> ()"
+
+_kernel = Kernel("store_kv", "pppp iii iiii iii ii")
+
+
+def reference(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
+    page_tokens = pool.shape[3]
+    page, offset = slots.long() // page_tokens, slots.long() % page_tokens
+    pool[page, 0, :, offset] = k.to(pool.dtype)
+    pool[page, 1, :, offset, : v.shape[-1]] = v.to(pool.dtype)
+    pool[page, 1, :, offset, v.shape[-1] :] = 0
+
+
+def store_kv(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Write each token's keys and values to its slot; slot = page * page_tokens + place in the page.
+
+    k [tokens, kv_heads, dim] · v [tokens, kv_heads, at most dim], the rest of its place is zeroed ·
+    pool [pages, 2, kv_heads, page_tokens, dim], keys at 0 and values at 1 · slots [tokens] int32.
+    """
+    native = _kernel.run is not None and on_cpu(k, v, pool) and pool.is_contiguous() and k.dtype == v.dtype
+    if not native or slots.dtype != torch.int32:
+        return reference(k, v, pool, slots)
+    _kernel.run(
+        k.data_ptr(), v.data_ptr(), pool.data_ptr(), slots.data_ptr(), k.shape[0], k.shape[1], pool.shape[3],
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), k.shape[2], v.shape[2], pool.shape[0],
+        DTYPES[k.dtype], DTYPES[pool.dtype],
+    )  # fmt: skip
+    return None
