@@ -1,0 +1,123 @@
+//! Flags that say what is served, and over how many processes.
+
+use std::path::PathBuf;
+
+use clap::builder::FalseyValueParser;
+use clap::{Args, ValueEnum};
+
+/// The model and its adapters.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct Model {
+    /// A folder, or the name of a repository on the hub, such as `meta-llama/Llama-3.2-1B`
+    #[arg(long, env, hide_env_values = true)]
+    pub model_id: Option<String>,
+
+    /// Branch, tag or commit of the model's repository
+    #[arg(long, env, hide_env_values = true)]
+    pub revision: Option<String>,
+
+    /// Adapters to load: a `;` or `,` list of folder, repository, `repository@revision` or `name=any of these`.
+    /// Quote a list that holds `;`, or the shell will cut it there
+    #[arg(
+        long,
+        env,
+        visible_alias = "lora-adapters",
+        value_name = "LIST",
+        hide_env_values = true
+    )]
+    pub lora_ids: Option<String>,
+
+    /// Folder beneath which adapters may be loaded over HTTP
+    #[arg(long, env, hide_env_values = true)]
+    pub lora_dir: Option<PathBuf>,
+
+    /// Let clients load adapters over HTTP, from --lora-dir
+    #[arg(long, env, value_parser = FalseyValueParser::new())]
+    pub allow_dynamic_lora: bool,
+
+    /// Number format of weights and activations [default: what the processor is fastest at]
+    #[arg(long, env, value_enum)]
+    pub dtype: Option<Dtype>,
+
+    /// Number format of the KV cache [default: that of --dtype]
+    #[arg(long, env, value_enum)]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
+
+    /// How the weights are quantized
+    #[arg(long, env, value_enum)]
+    pub quantize: Option<Quantize>,
+}
+
+/// How the model is spread over processes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sharding")]
+pub struct Sharding {
+    /// Number of tensor-parallel model processes [default: 1]
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub num_shard: Option<u32>,
+
+    /// `true` uses every visible GPU, `false` uses one process
+    #[arg(long, env)]
+    pub sharded: Option<bool>,
+
+    /// Threads of each model process [default: this machine's cores, shared out]
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub num_threads: Option<u32>,
+
+    /// Memory for the KV cache of each model process, such as `2GiB` [default: what the plan finds free]
+    #[arg(long, env, value_parser = super::limits::bytes)]
+    pub kv_cache_bytes: Option<u64>,
+
+    /// Memory for adapters in each model process [default: those of --lora-ids, and as much again to load more]
+    #[arg(long, env, value_parser = super::limits::bytes)]
+    pub adapter_bytes: Option<u64>,
+}
+
+/// Number format of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// The shard chooses.
+    Auto,
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+/// Number format of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvCacheDtype {
+    /// That of the activations.
+    Auto,
+    #[value(name = "fp8_e4m3fn")]
+    Fp8E4m3fn,
+    #[value(name = "fp8_e5m2")]
+    Fp8E5m2,
+}
+
+/// How the weights are quantized; the names are those of text-generation-inference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    Awq,
+    CompressedTensors,
+    Eetq,
+    Exl2,
+    Gptq,
+    Marlin,
+    Bitsandbytes,
+    BitsandbytesNf4,
+    BitsandbytesFp4,
+    Fp8,
+}
+
+macro_rules! named_as_on_the_command_line {
+    ($($kind:ty),+) => {$(
+        impl $kind {
+            /// The value as it is written on a command line.
+            pub fn name(self) -> String {
+                self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+            }
+        }
+    )+};
+}
+named_as_on_the_command_line!(Dtype, KvCacheDtype, Quantize);

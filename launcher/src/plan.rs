@@ -1,0 +1,265 @@
+//! What will be started, and with how much memory: a pure function of flags, machine and model.
+
+use crate::failure::{Code, Failure};
+use crate::inspection::Inspection;
+use crate::machine::Machine;
+use crate::settings::Settings;
+
+/// Sizes that the processes are started with. All are for one model process, in bytes unless named otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    pub shards: u32,
+    pub threads: u32,
+    pub weight_bytes: u64,
+    pub adapter_bytes: u64,
+    /// Nothing on a GPU, where the shard measures what is left after a step at the worst case.
+    pub kv_cache: Option<KvCache>,
+    /// Interpreter, libraries and activations.
+    pub overhead_bytes: u64,
+    pub max_input_tokens: u32,
+    pub max_total_tokens: u32,
+    /// Consequences that were not asked for in so many words.
+    pub remarks: Vec<String>,
+}
+
+/// The KV cache of one model process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvCache {
+    pub bytes: u64,
+    pub pages: u64,
+    pub page_tokens: u32,
+}
+
+impl KvCache {
+    /// Tokens that fit.
+    pub fn tokens(&self) -> u64 {
+        self.pages * u64::from(self.page_tokens)
+    }
+}
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// An idle shard: interpreter, libraries, activations of a step.
+const OVERHEAD_BYTES: u64 = 512 * MIB;
+/// Left to the router, the system and the cache of files.
+const SYSTEM_BYTES: u64 = 512 * MIB;
+/// Of what is left after weights and adapters, the most that the KV cache takes on its own account.
+const KV_SHARE: f64 = 0.6;
+/// What a request is taken to need when the KV cache is sized for many of them.
+const USUAL_TOKENS: u64 = 2048;
+/// Room for adapters that clients may load, when nothing else was said.
+const DYNAMIC_ADAPTER_BYTES: u64 = 256 * MIB;
+/// The window of a model that does not state one.
+const UNSTATED_POSITIONS: u32 = 4096;
+
+/// Sizes everything, or says in numbers why it cannot run here.
+pub fn make(
+    settings: &Settings,
+    machine: &Machine,
+    inspection: &Inspection,
+) -> Result<Plan, Failure> {
+    let gpus = machine.gpus.len() as u32;
+    let shards = settings.shards.unwrap_or(gpus.max(1));
+    if gpus > 0 && shards > gpus {
+        return Err(Failure::new(
+            Code::Device,
+            format!(
+                "--num-shard {shards} needs {shards} GPUs; this machine shows {gpus}; use --num-shard {gpus} or less"
+            ),
+        ));
+    }
+    let model = &inspection.model;
+    let budget = Budget::new(machine, shards);
+    let adapter_bytes = settings
+        .adapter_bytes
+        .unwrap_or_else(|| default_adapter_bytes(settings, inspection));
+    let fixed = model.rank_weight_bytes + adapter_bytes + OVERHEAD_BYTES;
+    let left = budget
+        .bytes
+        .checked_sub(fixed)
+        .ok_or_else(|| too_large(settings, &budget, model.rank_weight_bytes, adapter_bytes))?;
+
+    let mut remarks = Vec::new();
+    let window = model.max_positions.unwrap_or(UNSTATED_POSITIONS);
+    let asked = settings.limits.max_total_tokens;
+    if let Some(beyond) = asked.filter(|asked| *asked > window && model.max_positions.is_some()) {
+        return Err(Failure::config(format!(
+            "--max-total-tokens {beyond} is more than the {window} positions of {}; use {window} or less",
+            settings.model_id
+        )));
+    }
+    let mut max_total_tokens = asked.unwrap_or(window);
+    let kv_cache = match gpus {
+        0 => {
+            let cache = size_kv_cache(settings, inspection, &budget, left, max_total_tokens)?;
+            let fits = u32::try_from(cache.tokens()).unwrap_or(u32::MAX);
+            if fits < max_total_tokens {
+                remarks.push(format!(
+                    "a request may hold {fits} tokens instead of the model's {max_total_tokens}, because no more fit into memory"
+                ));
+                max_total_tokens = fits;
+            }
+            Some(cache)
+        }
+        _ => None,
+    };
+    let max_input_tokens = settings
+        .limits
+        .max_input_tokens
+        .unwrap_or(max_total_tokens - 1);
+    if max_input_tokens >= max_total_tokens {
+        return Err(Failure::config(format!(
+            "--max-input-tokens {max_input_tokens} leaves no room for an answer within {max_total_tokens} tokens; make it less"
+        )));
+    }
+    Ok(Plan {
+        shards,
+        threads: settings
+            .num_threads
+            .unwrap_or_else(|| (machine.cores as u32 / shards).max(1)),
+        weight_bytes: model.rank_weight_bytes,
+        adapter_bytes,
+        kv_cache,
+        overhead_bytes: OVERHEAD_BYTES,
+        max_input_tokens,
+        max_total_tokens,
+        remarks,
+    })
+}
+
+/// Memory for one model process, and where it is.
+struct Budget {
+    bytes: u64,
+    place: String,
+}
+
+impl Budget {
+    fn new(machine: &Machine, shards: u32) -> Self {
+        match machine
+            .gpus
+            .iter()
+            .take(shards as usize)
+            .min_by_key(|gpu| gpu.memory_available)
+        {
+            Some(gpu) => Self {
+                bytes: gpu.memory_available,
+                place: format!("free on the GPU ({})", gpu.name),
+            },
+            None => Self {
+                bytes: machine.memory_available.saturating_sub(SYSTEM_BYTES) / u64::from(shards),
+                place: "of main memory available to each model process".to_owned(),
+            },
+        }
+    }
+}
+
+fn default_adapter_bytes(settings: &Settings, inspection: &Inspection) -> u64 {
+    let named: u64 = inspection
+        .adapters
+        .iter()
+        .map(|adapter| adapter.bytes)
+        .sum();
+    named
+        + if settings.allow_dynamic_lora {
+            named.max(DYNAMIC_ADAPTER_BYTES)
+        } else {
+            0
+        }
+}
+
+fn size_kv_cache(
+    settings: &Settings,
+    inspection: &Inspection,
+    budget: &Budget,
+    left: u64,
+    max_total_tokens: u32,
+) -> Result<KvCache, Failure> {
+    let model = &inspection.model;
+    let page_tokens = u64::from(model.page_tokens.max(1));
+    let page_bytes = model.page_bytes.max(1);
+    let pages_for = |tokens: u64| tokens.div_ceil(page_tokens);
+    let one_request = pages_for(u64::from(max_total_tokens));
+    let pages = match settings.kv_cache_bytes {
+        Some(bytes) if bytes > left => {
+            return Err(too_large(settings, budget, model.rank_weight_bytes, bytes));
+        }
+        Some(bytes) => bytes / page_bytes,
+        None => {
+            let usual = u64::from(max_total_tokens).min(USUAL_TOKENS);
+            let wanted = match settings.limits.max_batch_total_tokens {
+                Some(tokens) => pages_for(u64::from(tokens)),
+                None => pages_for(usual)
+                    .saturating_mul(u64::from(settings.limits.max_concurrent_requests)),
+            };
+            wanted
+                .max(one_request)
+                .min((left as f64 * KV_SHARE) as u64 / page_bytes)
+        }
+    };
+    let asked_too_much = settings.limits.max_total_tokens.is_some() && pages < one_request;
+    // Two pages: a prompt and an answer.
+    if pages < 2 || asked_too_much {
+        return Err(Failure::new(
+            Code::Memory,
+            format!(
+                "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} {} are left for it; \
+                 lower --max-total-tokens",
+                size(one_request.max(2) * page_bytes),
+                size(
+                    settings
+                        .kv_cache_bytes
+                        .unwrap_or((left as f64 * KV_SHARE) as u64)
+                ),
+                size(budget.bytes),
+                budget.place,
+            ),
+        ));
+    }
+    Ok(KvCache {
+        bytes: pages * page_bytes,
+        pages,
+        page_tokens: model.page_tokens,
+    })
+}
+
+fn too_large(settings: &Settings, budget: &Budget, weights: u64, more: u64) -> Failure {
+    let cure = match settings.quantize {
+        None => "a smaller or quantized model, --dtype bfloat16, or a larger machine",
+        Some(_) => "a smaller model or a larger machine",
+    };
+    Failure::new(
+        Code::Memory,
+        format!(
+            "{} needs {} for its weights, {} for adapters and KV cache and {} to run, in each model process; there are {} {}; \
+             use {cure}",
+            settings.model_id,
+            size(weights),
+            size(more),
+            size(OVERHEAD_BYTES),
+            size(budget.bytes),
+            budget.place,
+        ),
+    )
+}
+
+/// An amount of memory for people: three digits and a unit.
+pub fn size(bytes: u64) -> String {
+    let (number, unit) = match bytes {
+        GIB.. => (bytes as f64 / GIB as f64, "GiB"),
+        MIB.. => (bytes as f64 / MIB as f64, "MiB"),
+        1024.. => (bytes as f64 / 1024.0, "KiB"),
+        _ => return format!("{bytes} B"),
+    };
+    let digits = if number < 10.0 {
+        2
+    } else if number < 100.0 {
+        1
+    } else {
+        0
+    };
+    format!("{number:.digits$} {unit}")
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

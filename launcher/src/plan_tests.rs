@@ -1,0 +1,189 @@
+use clap::Parser;
+
+use super::*;
+use crate::args::{Args, Environment};
+use crate::inspection::{AdapterFacts, ModelFacts};
+use crate::machine::Gpu;
+
+fn settings(flags: &[&str]) -> Settings {
+    let args =
+        Args::try_parse_from([&["text-generation-launcher", "--model-id=m"], flags].concat())
+            .expect("flags");
+    Settings::check(args, &Environment::default()).expect("settings")
+}
+
+fn machine(memory: u64) -> Machine {
+    Machine {
+        cores: 8,
+        memory_total: memory,
+        memory_available: memory,
+        ..Machine::default()
+    }
+}
+
+/// A model of 2 GiB whose token takes 64 KiB of KV cache.
+fn inspection() -> Inspection {
+    let model = ModelFacts {
+        architecture: "LlamaForCausalLM".into(),
+        parameters: 1 << 30,
+        dtype: "bfloat16".into(),
+        rank_weight_bytes: 2 * GIB,
+        page_bytes: MIB,
+        page_tokens: 16,
+        max_positions: Some(8192),
+    };
+    let adapter = |name: &str, bytes| AdapterFacts {
+        name: name.into(),
+        bytes,
+        rank_min: 8,
+        rank_max: 16,
+    };
+    Inspection {
+        model,
+        adapters: vec![adapter("a", 10 * MIB), adapter("b", 20 * MIB)],
+    }
+}
+
+#[test]
+fn a_roomy_machine_holds_every_request_at_its_usual_length() {
+    let plan = make(&settings(&[]), &machine(64 * GIB), &inspection()).expect("a plan");
+    assert_eq!(
+        (plan.shards, plan.threads, plan.adapter_bytes),
+        (1, 8, 30 * MIB)
+    );
+    assert_eq!((plan.max_total_tokens, plan.max_input_tokens), (8192, 8191));
+    assert_eq!(plan.kv_cache.expect("a cache").tokens(), 128 * 2048);
+}
+
+#[test]
+fn the_parts_never_exceed_the_machine() {
+    for gibibytes in 4..40 {
+        for shards in ["1", "2", "3"] {
+            let machine = machine(gibibytes * GIB);
+            let Ok(plan) = make(&settings(&["--num-shard", shards]), &machine, &inspection())
+            else {
+                continue;
+            };
+            let cache = plan.kv_cache.expect("a cache");
+            let one = plan.weight_bytes + plan.adapter_bytes + plan.overhead_bytes + cache.bytes;
+            assert!(
+                one * u64::from(plan.shards) <= machine.memory_available,
+                "{plan:?}"
+            );
+            assert!(cache.tokens() >= u64::from(plan.max_total_tokens));
+            assert!(plan.max_input_tokens < plan.max_total_tokens);
+        }
+    }
+}
+
+#[test]
+fn a_small_machine_shortens_the_window_and_says_so() {
+    let plan = make(&settings(&[]), &machine(3 * GIB + 300 * MIB), &inspection()).expect("a plan");
+    assert!(plan.max_total_tokens < 8192, "{plan:?}");
+    assert_eq!(plan.remarks.len(), 1);
+}
+
+#[test]
+fn a_window_that_was_asked_for_is_never_shortened() {
+    let failure = make(
+        &settings(&["--max-total-tokens=8192"]),
+        &machine(3 * GIB + 300 * MIB),
+        &inspection(),
+    );
+    let failure = failure.expect_err("too little memory");
+    assert_eq!(failure.code, Code::Memory);
+    assert!(
+        failure.message.contains("512 MiB") && failure.message.contains("8192"),
+        "{failure}"
+    );
+}
+
+#[test]
+fn a_model_larger_than_memory_is_refused_in_numbers() {
+    let failure = make(&settings(&[]), &machine(2 * GIB), &inspection()).expect_err("too large");
+    assert_eq!(failure.code, Code::Memory);
+    assert!(
+        failure.message.contains("2.00 GiB") && failure.message.contains("1.50 GiB"),
+        "{failure}"
+    );
+}
+
+#[test]
+fn a_kv_cache_beyond_memory_is_refused() {
+    let failure = make(
+        &settings(&["--kv-cache-bytes=60GiB"]),
+        &machine(16 * GIB),
+        &inspection(),
+    )
+    .expect_err("too large");
+    assert_eq!(failure.code, Code::Memory);
+    let plan = make(
+        &settings(&["--kv-cache-bytes=1GiB"]),
+        &machine(16 * GIB),
+        &inspection(),
+    )
+    .expect("a plan");
+    assert_eq!(plan.kv_cache.expect("a cache").pages, 1024);
+}
+
+#[test]
+fn a_window_longer_than_the_model_is_refused() {
+    let failure = make(
+        &settings(&["--max-total-tokens=9000"]),
+        &machine(64 * GIB),
+        &inspection(),
+    )
+    .expect_err("too long");
+    assert_eq!(failure.code, Code::Config);
+    assert!(failure.message.contains("8192"), "{failure}");
+}
+
+#[test]
+fn threads_are_shared_out_over_the_processes() {
+    let threads = |flags: &[&str]| {
+        make(&settings(flags), &machine(64 * GIB), &inspection())
+            .expect("a plan")
+            .threads
+    };
+    assert_eq!(threads(&["--num-shard=2"]), 4);
+    assert_eq!(threads(&["--num-shard=16"]), 1);
+    assert_eq!(threads(&["--num-threads=3"]), 3);
+}
+
+#[test]
+fn room_for_loading_adapters_is_kept_when_clients_may_load_them() {
+    let folder = std::env::temp_dir();
+    let flags = [
+        "--allow-dynamic-lora",
+        "--lora-dir",
+        folder.to_str().expect("a path"),
+    ];
+    let plan = make(&settings(&flags), &machine(64 * GIB), &inspection()).expect("a plan");
+    assert_eq!(plan.adapter_bytes, 30 * MIB + 256 * MIB);
+}
+
+#[test]
+fn on_gpus_the_shard_sizes_its_own_cache() {
+    let gpu = Gpu {
+        name: "G".into(),
+        memory_total: 8 * GIB,
+        memory_available: 7 * GIB,
+    };
+    let machine = Machine {
+        gpus: vec![gpu.clone(), gpu],
+        ..machine(64 * GIB)
+    };
+    let plan = make(&settings(&["--sharded=true"]), &machine, &inspection()).expect("a plan");
+    assert_eq!((plan.shards, plan.kv_cache), (2, None));
+    let failure =
+        make(&settings(&["--num-shard=3"]), &machine, &inspection()).expect_err("two GPUs");
+    assert_eq!(failure.code, Code::Device);
+}
+
+#[test]
+fn sizes_are_readable() {
+    assert_eq!(
+        [512, 2048, 10 * MIB, 3 * GIB / 2].map(size),
+        ["512 B", "2.00 KiB", "10.0 MiB", "1.50 GiB"]
+    );
+}
