@@ -1,0 +1,212 @@
+"""Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one, two and three ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ragged import Runner, ranks
+from tiny import ROWS, VOCABULARY, oracle, write_checkpoint
+
+from kvrun import models
+from kvrun.spec import Layer, Model, Parallel, Residual
+
+CLOSE = 5e-4  # of the logits' standard deviation, in float32
+LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
+
+
+def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    """Random token ids without the specials."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """Runners at one, two and three ranks; the further ranks are processes of their own."""
+    at = tmp_path_factory.mktemp("rendezvous")
+    with ranks(1, at / "1") as one, ranks(2, at / "2") as two, ranks(3, at / "3") as three:
+        yield {1: one, 2: two, 3: three}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """row -> its folder, written once."""
+    written: dict[str, Path] = {}
+
+    def folder(row: str) -> Path:
+        if row not in written:
+            written[row] = write_checkpoint(row, tmp_path_factory.mktemp(row))
+        return written[row]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint):
+    """row -> the oracle's logits for `prompts()`, laid end to end, computed once."""
+    known: dict[str, torch.Tensor] = {}
+
+    def logits(row: str) -> torch.Tensor:
+        if row not in known:
+            known[row] = torch.cat(oracle(checkpoint(row), prompts()))
+        return known[row]
+
+    return logits
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference, in standard deviations of the reference."""
+    return ((logits - reference).abs().max() / reference.std()).item()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(row, world, groups, checkpoint, expected):
+    runner = groups[world]
+    runner.load(checkpoint(row))
+    logits = runner.step(list(enumerate(prompts())))
+    assert logits.dtype == torch.float32 and logits.shape == expected(row).shape
+    assert distance(logits, expected(row)) < CLOSE
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world, groups, checkpoint):
+    runner = groups[world]
+    runner.load(checkpoint(row))
+    asked = prompts(seed=1, lengths=tuple(range(3, 43, 2)))
+    answers = runner.greedy(asked, 64)
+    assert len({token for answer in answers for token in answer}) > 20, "the answers are too monotonous to prove anything"
+    # A greedy answer is one whose every token is the likeliest after all before it, which one pass over it shows.
+    for prompt, answer, logits in zip(asked, answers, oracle(checkpoint(row), [p + a for p, a in zip(asked, answers)])):
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("row", ["llama", "llama_yarn", "mistral", "falcon40b", "falcon_rw", "gpt2"])
+def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, world, groups, checkpoint, expected):
+    runner = groups[world]
+    runner.load(checkpoint(row))
+    whole = runner.step(list(enumerate(prompts()))).split(LENGTHS)
+    generator = torch.Generator().manual_seed(2)
+    rest = {sequence + 100: tokens for sequence, tokens in enumerate(prompts())}
+    pieces: dict[int, list[torch.Tensor]] = {sequence: [] for sequence in rest}
+    while rest:  # every step a random part of a random half of what is left, down to single tokens
+        chosen = [s for s in rest if torch.rand((), generator=generator) < 0.5] or list(rest)[:1]
+        sizes = [int(torch.randint(1, min(len(rest[s]), 20) + 1, (), generator=generator)) for s in chosen]
+        logits = runner.step([(s, rest[s][:n]) for s, n in zip(chosen, sizes)])
+        for sequence, size, part in zip(chosen, sizes, logits.split(sizes)):
+            pieces[sequence].append(part)
+            rest[sequence] = rest[sequence][size:]
+            if not rest[sequence]:
+                del rest[sequence]
+    for alone, parts in zip(whole, pieces.values()):
+        assert torch.equal(alone, torch.cat(parts))
+
+
+def test_a_bfloat16_model_stays_near_its_float32_self(groups, checkpoint):
+    runner = groups[1]
+    folder = checkpoint("llama_tied")
+    runner.load(folder)
+    exact = runner.step(list(enumerate(prompts())))
+    runner.load(folder, "bfloat16")
+    assert runner._runner.model.dtype == torch.bfloat16
+    rough = runner.step(list(enumerate(prompts())))
+    assert 1e-4 < distance(rough, exact) < 1
+
+
+def test_the_ranks_of_a_group_share_out_heads_and_weights(groups, checkpoint):
+    groups[1].load(checkpoint("llama"))
+    groups[2].load(checkpoint("llama"))
+    whole, half = groups[1]._runner.model, groups[2]._runner.model
+    assert half.page_bytes() * 2 == whole.page_bytes()
+    assert 0.4 < half.weight_bytes / whole.weight_bytes < 0.6
+    assert (half.parameters, half.digest) == (whole.parameters, whole.digest)
+
+
+def change_attention(**fields):
+    return lambda mixer: replace(mixer, **fields) if hasattr(mixer, "heads") else mixer
+
+
+def mutated(model: Model, mixer=lambda m: m, norm=lambda n: n) -> Model:
+    """The model with every mixer and norm of its layers changed."""
+
+    def residual(r: Residual) -> Residual:
+        return Residual(norm(r.norm), *map(mixer, r.mixers))
+
+    def step(s):
+        return Parallel(*map(residual, s.residuals)) if isinstance(s, Parallel) else residual(s)
+
+    layers = tuple(Layer(layer.at, tuple(map(step, layer.steps))) for layer in model.decoder.layers)
+    return replace(model, decoder=replace(model.decoder, layers=layers))
+
+
+def rope(**fields):
+    return lambda mixer: replace(mixer, position=replace(mixer.position, **fields)) if hasattr(mixer, "heads") else mixer
+
+
+def swap(first: int, second: int):
+    """Two checkpoint modules of a fused linear change places."""
+
+    def change(mixer):
+        if not hasattr(mixer, "heads"):
+            return mixer
+        names = list(mixer.qkv.names)
+        names[first], names[second] = names[second], names[first]
+        return replace(mixer, qkv=replace(mixer.qkv, names=tuple(names)))
+
+    return change
+
+
+def reorder(order: str):
+    return lambda mixer: replace(mixer, qkv=replace(mixer.qkv, order=order)) if hasattr(mixer, "heads") else mixer
+
+
+def parallel_in_sequence(model: Model) -> Model:
+    layers = tuple(
+        Layer(layer.at, tuple(r for s in layer.steps for r in (s.residuals if isinstance(s, Parallel) else (s,))))
+        for layer in model.decoder.layers
+    )
+    return replace(model, decoder=replace(model.decoder, layers=layers))
+
+
+def shifted_positions(model: Model) -> Model:
+    learned = model.decoder.embed.position
+    return replace(model, decoder=replace(model.decoder, embed=replace(model.decoder.embed, position=replace(learned, offset=1))))
+
+
+MUTATIONS = {
+    "pairs rotated the other way": ("llama", lambda m: mutated(m, rope(style="interleaved"))),
+    "another base": ("llama", lambda m: mutated(m, rope(theta=10_001.0))),
+    "no scaling": ("llama_tied", lambda m: mutated(m, rope(scaling=None))),
+    "a norm's epsilon": ("llama", lambda m: mutated(m, norm=lambda n: replace(n, eps=2 * n.eps))),
+    "a norm's offset": ("llama", lambda m: mutated(m, norm=lambda n: replace(n, offset=0.01))),
+    "key and value swapped": ("llama", lambda m: mutated(m, swap(1, 2))),
+    "a window one too wide": ("mistral", lambda m: mutated(m, change_attention(window=9))),
+    "another scale": ("gpt2", lambda m: mutated(m, change_attention(scale=0.3))),
+    "packed parts in another order": ("falcon40b", lambda m: mutated(m, reorder("parts"))),
+    "branches one after the other": ("falcon40b", parallel_in_sequence),
+    "per head where all of one part comes first": ("gpt2", lambda m: mutated(m, reorder("per_group"))),
+    "positions off by one": ("gpt2", shifted_positions),
+    "another activation": ("gpt2", lambda m: mutated(m, lambda x: replace(x, act="silu") if hasattr(x, "act") else x)),
+    "alibi not scaled": (
+        "falcon_rw",
+        lambda m: mutated(m, lambda x: replace(x, position=replace(x.position, scale=1.0)) if hasattr(x, "heads") else x),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_sees(mutation, checkpoint, expected, monkeypatch):
+    row, change = MUTATIONS[mutation]
+    honest = models.read
+    monkeypatch.setattr(models, "read", lambda folder: (honest(folder)[0], change(honest(folder)[1])))
+    runner = Runner()
+    runner.load(checkpoint(row))
+    assert distance(runner.step(list(enumerate(prompts()))), expected(row)) > CLOSE
