@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "linear(Tensor x, PackedLinear packed, Tensor? bias=None) -> Tensor"
 
 # Output rows in a panel: two AVX-512 vectors, four AVX2 vectors (include/panel.h says the same).
 PANEL = 32
 
-_kernel = Kernel("linear", "pppp iiiii iii")
+_kernel = Kernel("linear", "pppp iiii iii")
 _pack = Kernel("pack_linear", "pp iii i")
 
 
 class PackedLinear:
     """A weight [out_features, in_features], held once: as panels for the native kernel, or as it came.
 
-    A panel is 32 output rows, stored input by input, so that a thread reads one straight stream; 16-bit weights keep
-    the two values of adjacent inputs together. Ends are padded with zeros.
+    `panels` is [panels, inputs / pair, 32, pair]: 32 output rows at a time, stored input by input, so that a thread
+    reads one straight stream; bfloat16 keeps adjacent inputs in pairs. Ends are padded with zeros.
     """
 
     __slots__ = ("in_features", "out_features", "panels", "plain")
@@ -59,8 +59,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     out_features, in_features = weight.shape
     if _pack.run is None or not on_cpu(weight) or 0 in weight.shape:
         return PackedLinear(out_features, in_features, None, weight)
-    # [panels, inputs / pair, PANEL, pair]
-    pair = 1 if weight.dtype == torch.float32 else 2
+    # Pairs of bfloat16 widen to float32 by a shift and a mask, and are what its dot product instruction takes.
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
     shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
     panels = torch.empty(shape, dtype=weight.dtype)
     _pack.run(panels.data_ptr(), weight.data_ptr(), out_features, in_features, weight.stride(0), DTYPES[weight.dtype])
@@ -89,7 +89,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
     _kernel.run(
         out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), None if bias is None else bias.data_ptr(),
-        x.shape[0], packed.out_features, packed.in_features, x.stride(0), 0,
+        x.shape[0], packed.out_features, packed.in_features, x.stride(0),
         DTYPES[x.dtype], DTYPES[packed.panels.dtype], 0 if bias is None else DTYPES[bias.dtype],
     )  # fmt: skip
     return out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = (
     "paged_attention(Tensor q, Tensor pool, Tensor query_start, Tensor contexts, Tensor page_table, float scale, "

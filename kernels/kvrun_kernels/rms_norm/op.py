@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor"
 

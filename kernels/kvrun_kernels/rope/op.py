@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "rope_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos, Tensor sin, str style='half') -> ()"
 

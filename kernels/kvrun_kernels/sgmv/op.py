@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvrun_kernels.native import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
 
