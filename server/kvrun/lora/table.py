@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from kvrun_kernels import ops
 from torch import Tensor
+
+from kvrun.errors import AdapterError, AdapterTooLarge, ProtocolError
+from kvrun.lora.adapter import Adapter, Site, read_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Adjacent tokens of a step, `start` up to `stop`, that use one adapter."""
+
+    start: int
+    stop: int
+    adapter: Adapter
 
 
 class LoraBatch:
     """The segments of one step, for every linear that some adapter of the step changes."""
 
-    def __init__(self, sites: Mapping[int, ops.LoraSegments]):
+    def __init__(self, sites: Mapping[int, ops.LoraSegments]) -> None:
         self._sites = sites
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> LoraBatch:
+        """The segments that these runs need, adapters of any ranks and targets beside each other."""
+        segments: dict[int, list[ops.Segment]] = {}
+        for run in runs:
+            for site, deltas in run.adapter.deltas.items():
+                segments.setdefault(site, []).extend(ops.Segment(run.start, run.stop, d.a, d.bt, d.column) for d in deltas)
+        return cls({site: ops.LoraSegments(found) for site, found in segments.items()})
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to `y` what the adapters of these rows change at linear `site`.
@@ -22,3 +46,73 @@ class LoraBatch:
         segments = self._sites.get(site)
         if segments is not None:
             ops.lora(y, x, segments)
+
+
+class AdapterTable:
+    """Adapters by the router's handles, within a budget of bytes. Loads run beside steps, on threads of their own."""
+
+    def __init__(self, linears: Iterable[Site], dtype: torch.dtype) -> None:
+        self._linears = list(linears)
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._adapters: dict[int, Adapter] = {}
+        self._budget = 0
+        self._last: tuple[Sequence[Run], LoraBatch] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the resident adapters take on this rank."""
+        with self._lock:
+            return sum(adapter.bytes for adapter in self._adapters.values())
+
+    def reset(self, budget: int) -> None:
+        """Forget every adapter and set the bytes that new ones may take."""
+        with self._lock:
+            self._adapters, self._budget, self._last = {}, budget, None
+
+    def load(self, handle: int, name: str, path: str) -> Adapter:
+        """Read an adapter from its folder and make it resident. Raises AdapterError, AdapterNotFound, AdapterTooLarge, ProtocolError."""
+        if handle == 0:
+            raise ProtocolError(f"adapter {name}: handle 0 is the base model's")
+        with self._lock:
+            adapters = self._adapters  # of this epoch: a reset meanwhile must not receive what was read for the last
+        try:
+            adapter = read_adapter(path, self._linears, self._dtype)
+        except AdapterError as error:
+            raise type(error)(f"adapter {name}: {error}") from error
+        with self._lock:
+            if handle in adapters:
+                raise ProtocolError(f"adapter {name}: handle {handle} is taken")
+            used = sum(other.bytes for other in adapters.values())
+            if used + adapter.bytes > self._budget:
+                free = f"{max(self._budget - used, 0)} of {self._budget} are free"
+                raise AdapterTooLarge(f"adapter {name} takes {adapter.bytes} bytes, {free}; unload another first or raise --adapter-bytes")
+            adapters[handle] = adapter
+        return adapter
+
+    def unload(self, handle: int) -> None:
+        """Forget an adapter. Sequences that still hold it keep it alive until they are released."""
+        with self._lock:
+            self._adapters.pop(handle, None)
+            self._last = None
+
+    def get(self, handle: int) -> Adapter | None:
+        """The adapter of a handle; None for 0, the base model. Raises ProtocolError."""
+        if handle == 0:
+            return None
+        with self._lock:
+            adapter = self._adapters.get(handle)
+        if adapter is None:
+            raise ProtocolError(f"adapter handle {handle} is not resident; load it first")
+        return adapter
+
+    def batch(self, runs: Sequence[Run]) -> LoraBatch | None:
+        """The segments of a step, or None when no row has an adapter. Decoding keeps its composition, so the last batch is kept."""
+        if not runs:
+            return None
+        last = self._last
+        if last is not None and last[0] == runs:
+            return last[1]
+        batch = LoraBatch.of(runs)
+        self._last = (runs, batch)
+        return batch

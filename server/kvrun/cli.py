@@ -1,0 +1,131 @@
+"""The commands of text-generation-server. Each imports what it needs when it runs: `--help` and errors need no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvrun import __version__
+from kvrun.errors import ConfigError, DeviceError, KvrunError, Unsupported
+
+if TYPE_CHECKING:
+    from kvrun.config import ServeConfig
+    from kvrun.engine.engine import Engine
+
+USAGE = """\
+usage: text-generation-server COMMAND ...
+
+Commands:
+  serve MODEL_DIR --uds-path PATH   serve one rank of a model; started by text-generation-launcher
+  download-weights REPO             fetch a model or an adapter, print its folder
+  describe --model-id DIR           print how a model is understood, part by part
+  inspect MODEL_DIR                 print what a model needs, from its headers alone
+  quantize                          convert weights to a smaller format
+
+`text-generation-server COMMAND --help` says more. Exit codes: 10 configuration, 11 files, 12 memory, 14 device, 70 a bug.
+"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve one rank until it is told to stop."""
+    from kvrun.config import ServeConfig
+
+    config = ServeConfig.parse(argv)
+    from kvrun.rpc import log, process
+    from kvrun.rpc.service import Identity
+
+    log.configure(as_json=config.json_output, rank=config.rank)
+    identity = Identity(config.model_id, config.rank, config.world_size, config.quantize or "")
+    return process.run(config.uds_path, identity, config.death_fd, lambda: _load(config))
+
+
+def _load(config: ServeConfig) -> Engine:
+    """This rank's engine, warm. The socket is bound by now, so this is where torch is imported."""
+    import os
+
+    import kvrun_kernels
+    import torch
+
+    from kvrun.dist import Group
+    from kvrun.engine.engine import Engine
+    from kvrun.engine.memory import MemoryBudget
+    from kvrun.nn.build import load_model
+
+    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    torch.set_num_threads(threads)
+    kvrun_kernels.set_num_threads(threads)
+    group = Group.single()
+    if config.world_size > 1:
+        try:
+            group = Group.join(str(config.rendezvous), config.rank, config.world_size)
+        except RuntimeError as error:
+            raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
+    model = load_model(config.model_dir, dtype=config.dtype, device="cpu", group=group, quantize=config.quantize)
+    kv_dtype = None if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, config.world_size)
+    engine = Engine(model, group, budget, config.page_tokens, kv_dtype)
+    engine.warm()
+    return engine
+
+
+def download_weights(argv: Sequence[str]) -> int:
+    """Fetch a repository from the hub."""
+    from kvrun import hub
+
+    return hub.main(list(argv)) or 0
+
+
+def describe(argv: Sequence[str]) -> int:
+    """Print a model's description."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="text-generation-server describe", description="Print how a model is understood.")
+    parser.add_argument("--model-id", type=Path, required=True, help="folder with config.json")
+    folder = parser.parse_args(argv).model_id
+    from kvrun import models, spec
+
+    _, model = models.read(folder)
+    print(spec.describe(model))
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Print what a model needs."""
+    from kvrun import inspect as inspection
+
+    return inspection.main(list(argv)) or 0
+
+
+def quantize(argv: Sequence[str]) -> int:
+    """Refused for now."""
+    raise Unsupported("quantize is not there yet; convert with the format's own tool and serve the result with --quantize")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "download-weights": download_weights,
+    "describe": describe,
+    "inspect": inspect,
+    "quantize": quantize,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the process's exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else ConfigError.exit_code
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        command = COMMANDS.get(argv[0])
+        if command is None:
+            raise ConfigError(f"{argv[0]!r} is no command; one of {', '.join(COMMANDS)} is")
+        return command(argv[1:])
+    except KvrunError as error:
+        print(f"text-generation-server: {error}", file=sys.stderr)
+        return error.exit_code

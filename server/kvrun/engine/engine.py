@@ -1,0 +1,234 @@
+"""One turn after another over a loaded model: release, admit, compute, choose. Every rank runs the same turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import kvrun_kernels
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrun.dist import Group
+from kvrun.engine import batch as batches
+from kvrun.engine.batch import Work, judged
+from kvrun.engine.memory import MemoryBudget
+from kvrun.engine.sampler import Choice, Chosen, alternatives, sample
+from kvrun.engine.sampling import Sampling
+from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step, TokenLogprob
+from kvrun.errors import ProtocolError
+from kvrun.lora.adapter import targets
+from kvrun.lora.table import AdapterTable
+from kvrun.nn.loaded import LoadedModel
+from kvrun.state.pages import KvPages
+
+# Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
+JUDGED_AT_ONCE = 64
+NAN_LOGITS = "nan_logits: the model's scores for the next token are not finite numbers"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a reservation gave."""
+
+    pages: int
+    adapter_bytes: int
+
+
+class Engine:
+    """This rank's model, its pages, its adapters and the sequences of the current epoch."""
+
+    def __init__(
+        self, model: LoadedModel, group: Group, budget: MemoryBudget, page_tokens: int = 16, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        self.model = model
+        self.page_tokens = page_tokens
+        self.kv_dtype = kv_dtype or model.dtype
+        self.adapters = AdapterTable(model.linears, model.dtype)
+        self._group = group
+        self._budget = budget
+        self._kv: KvPages | None = None
+        self._sequences: SequenceTable | None = None
+        self._limits = (0, 0)  # tokens and rows of one step
+        self._number = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of this rank, all layers."""
+        return self.model.page_bytes(self.page_tokens, self.kv_dtype)
+
+    def warm(self) -> None:
+        """Run the model once over a few tokens, so that the first request does not pay for what is set up on first use.
+
+        Every rank must call it alike.
+        """
+        kv = self.model.pool(1, self.page_tokens, self.kv_dtype)
+        ids = [0] * min(self.page_tokens, self.model.positions or self.page_tokens)
+        sequence = Sequence(Admit(0, ids, len(ids), Sampling(), 0), None)
+        sequence.append_pages([0])
+        self.model.forward(batches.build([(Row(0, 0, len(ids), [0], True, ()), sequence)], self.page_tokens, self.adapters), kv)
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded, by the wire's names for it."""
+        model = self.model
+        return {
+            "model_digest": model.digest,
+            "architecture": model.architecture,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "vocabulary": model.vocabulary,
+            "vocabulary_limit": model.vocabulary_limit,
+            "positions": model.positions,
+            "end_tokens": list(model.end_tokens),
+            "kernels": kvrun_kernels.describe(),
+            "page_bytes": self.page_bytes,
+            "page_tokens": self.page_tokens,
+            "weight_bytes": model.weight_bytes,
+            "parameters": model.parameters,
+            "lora_targets": targets(model.linears),
+        }
+
+    def reserve(self, pages: int, step_tokens: int, sequences: int, adapter_bytes: int) -> Grant:
+        """Forget every sequence and adapter and allocate pages. Raises OutOfMemory, ProtocolError.
+
+        step_tokens, sequences: the most tokens and rows of one step · 0 pages or bytes = this rank's own budget.
+        """
+        if step_tokens < 1 or sequences < 1:
+            raise ProtocolError(f"steps of {step_tokens} tokens and {sequences} rows were reserved; both must be at least 1")
+        reach = -(-self.model.positions // self.page_tokens)
+        kept = self._kv.pages if self._kv else 0
+        # The pool is kept when it has the size asked for: allocating it again would touch every page of it.
+        if not kept or (pages and pages != kept):
+            self._kv = None
+            pages = self._budget.pages(pages, self.page_bytes, reach * sequences)
+            self._kv = self.model.pool(pages, self.page_tokens, self.kv_dtype)
+        granted = self._budget.adapters(adapter_bytes)
+        self.adapters.reset(granted)
+        self._limits, self._number = (step_tokens, sequences), 0
+        self._sequences = SequenceTable(
+            vocabulary=self.model.vocabulary, pages=self._kv.pages, page_tokens=self.page_tokens, positions=self.model.positions
+        )
+        return Grant(self._kv.pages, granted)
+
+    @torch.inference_mode()
+    def step(self, step: Step) -> Outcome:
+        """Run one turn. Raises ProtocolError when it breaks a rule, which every rank finds alike before it computes."""
+        if self._sequences is None or self._kv is None:
+            raise ProtocolError("a step came before any pages were reserved")
+        if step.number != self._number + 1:
+            raise ProtocolError(f"step {step.number} came after step {self._number}")
+        self._number = step.number
+        for number in step.release:
+            self._sequences.release(number)
+        for admit in step.admit:
+            self._sequences.admit(admit, self.adapters.get(admit.adapter))
+        work = self._accept(step.rows)
+        live = [item for item in work if not item[1].error]
+        live = [live[index] for index in batches.by_adapter(live)]
+        outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
+        began = time.perf_counter_ns()
+        logits = None
+        if live:
+            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._kv)
+        computed = time.perf_counter_ns()
+        outcomes |= self._choose(live, logits)
+        rows = [] if self._group.rank else [outcomes[row.sequence] for row in step.rows]
+        return Outcome(step.number, rows, (computed - began) // 1000, (time.perf_counter_ns() - computed) // 1000)
+
+    def _accept(self, rows: Items[Row]) -> list[Work]:
+        """Check a step's rows against the limits and their sequences."""
+        assert self._sequences is not None
+        tokens = sum(row.tokens for row in rows)
+        most_tokens, most_rows = self._limits
+        if tokens > most_tokens or len(rows) > most_rows:
+            raise ProtocolError(f"a step has {tokens} tokens in {len(rows)} rows; {most_tokens} in {most_rows} were reserved")
+        if len({row.sequence for row in rows}) < len(rows):
+            raise ProtocolError("a step has two rows of one sequence")
+        return [(row, self._sequences.advance(row)) for row in rows]
+
+    def _choose(self, live: list[Work], logits: Tensor | None) -> dict[int, RowOutcome]:
+        """Sample on rank 0, tell every rank the ids, and take them into the sequences. Outcomes are full on rank 0 only."""
+        chosen: list[Chosen | None] = []
+        prompts: dict[int, list[TokenLogprob]] = {}
+        if logits is not None:
+            prompts, sampled = self._judge(live, logits)
+            chosen = sample(sampled, [choice for row, sequence in live for choice in _choices(row, sequence)], self.model.vocabulary_limit)
+        samples = [1 + len(row.drafts) if row.sample else 0 for row, _ in live]
+        ids = torch.full((sum(samples),), -1, dtype=torch.int64)
+        for index, choice in enumerate(chosen):
+            ids[index] = -1 if choice is None else choice.id
+        if len(ids):
+            self._group.broadcast(ids)
+        outcomes, at, all_ids = {}, 0, ids.tolist()
+        for (row, sequence), count in zip(live, samples, strict=True):
+            picked = all_ids[at : at + count]
+            kept = _settle(row, sequence, picked)
+            tokens = [TokenLogprob(c.id, c.logprob, c.top) for c in chosen[at : at + kept] if c is not None]
+            outcomes[sequence.number] = RowOutcome(sequence.number, tokens, prompts.get(sequence.number, ()), sequence.error)
+            at += count
+        return outcomes
+
+    def _judge(self, live: list[Work], logits: Tensor) -> tuple[dict[int, list[TokenLogprob]], Tensor]:
+        """Log-probabilities of the prompt tokens the rows computed, by sequence, and the logits that are left to sample from."""
+        if not any(sequence.sampling.prompt_logprobs for _, sequence in live):
+            return {}, logits
+        prompts, sampled, at = {}, [], 0
+        for row, sequence in live:
+            count = judged(row, sequence)
+            if sequence.sampling.prompt_logprobs:
+                prompts[sequence.number] = _reported(row, sequence, logits[at : at + count])
+            at += count
+            picked = 1 + len(row.drafts) if row.sample else 0
+            sampled.append(logits[at : at + picked])
+            at += picked
+        return prompts, torch.cat(sampled)
+
+
+def _choices(row: Row, sequence: Sequence) -> list[Choice]:
+    """What the sampler must know for each token that the row samples: with drafts, as if those before it were accepted."""
+    if not row.sample:
+        return []
+    ids = sequence.ids
+    if not row.drafts:
+        return [Choice(sequence.sampling, ids, sequence.prompt_tokens)]
+    supposed = np.concatenate([ids, np.asarray(row.drafts, np.int64)])
+    return [Choice(sequence.sampling, supposed[: len(ids) + count], sequence.prompt_tokens) for count in range(len(row.drafts) + 1)]
+
+
+def _settle(row: Row, sequence: Sequence, picked: Items[int]) -> int:
+    """Take a row's sampled ids into its sequence; how many of them count.
+
+    A draft is accepted while it is what the sampler picked there anyway. Since a pick depends on position and ids alone,
+    the answer is the one that single steps would have given.
+    """
+    end = row.start + row.tokens - len(row.drafts)
+    accepted = 0
+    while accepted < len(row.drafts) and picked[accepted] == row.drafts[accepted]:
+        accepted += 1
+    kept = min(accepted + 1, len(picked))
+    sequence.computed = end + accepted
+    if -1 in picked[:kept]:
+        sequence.error = NAN_LOGITS
+        return 0
+    sequence.append(picked[:kept])
+    return kept
+
+
+def _reported(row: Row, sequence: Sequence, logits: Tensor) -> list[TokenLogprob]:
+    """The row's own prompt tokens with their log-probabilities; that of the token after it waits for the row that computes it."""
+    found = [sequence.pending_prompt] if sequence.pending_prompt else []
+    sequence.pending_prompt = None
+    for begin in range(0, len(logits), JUDGED_AT_ONCE):
+        logprobs = torch.log_softmax(logits[begin : begin + JUDGED_AT_ONCE], dim=-1)
+        first = row.start + 1 + begin
+        ids = torch.from_numpy(sequence.ids[first : first + len(logprobs)])
+        picked = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+        tops = alternatives(logprobs, [sequence.sampling.top_logprobs] * len(picked))
+        found += [TokenLogprob(token, logprob, top) for token, logprob, top in zip(ids.tolist(), picked, tops, strict=True)]
+    if len(logits) == row.tokens:
+        sequence.pending_prompt = found.pop()
+    return found

@@ -1,0 +1,50 @@
+"""How many pages and how many bytes of adapters this rank may have. Reads what the machine has left, decides by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrun.errors import OutOfMemory
+
+# Shares of what is left after the weights, when nothing was asked for.
+PAGES_SHARE, ADAPTERS_SHARE = 0.5, 0.1
+CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes for pages and for adapters on this rank; 0 = a share of what is free, divided among the ranks of this machine."""
+
+    kv_cache_bytes: int = 0
+    adapter_bytes: int = 0
+    ranks: int = 1
+
+    def pages(self, asked: int, page_bytes: int, useful: int) -> int:
+        """Pages to grant: what was asked for, or what the budget holds but no more than could ever be in use.
+
+        `useful` 0 = no such limit. Raises OutOfMemory when more is asked for than the budget holds, or it holds none.
+        """
+        budget = self.kv_cache_bytes or int(available_bytes() * PAGES_SHARE / self.ranks)
+        held = budget // page_bytes
+        if asked > held or held == 0:
+            raise OutOfMemory(f"{asked or 1} pages of {page_bytes} bytes do not fit {budget} bytes; raise --kv-cache-bytes or free memory")
+        return asked or min(held, useful or held)
+
+    def adapters(self, asked: int) -> int:
+        """Bytes that adapters may take: what was asked for, else the flag, else a share of what is free."""
+        return asked or self.adapter_bytes or int(available_bytes() * ADAPTERS_SHARE / self.ranks)
+
+
+def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take without swapping or meeting its container's limit."""
+    lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit_name, usage_name in CGROUP_LIMITS:
+        try:
+            limit, usage = (cgroup / limit_name).read_text().strip(), (cgroup / usage_name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            free = min(free, max(int(limit) - int(usage), 0))
+    return free

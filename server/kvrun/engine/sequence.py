@@ -1,0 +1,205 @@
+"""The records of the sequences this shard knows. The router decides their life; a record only says what is true of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvrun.engine.sampling import Sampling
+from kvrun.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from kvrun.lora.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A sequence to begin, or to begin again with the answer it already has."""
+
+    sequence: int
+    tokens: Items[int]  # prompt, then committed answer
+    prompt_tokens: int
+    sampling: Sampling
+    adapter: int  # handle, 0 = the base model
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How much of one sequence a step computes."""
+
+    sequence: int
+    start: int
+    tokens: int
+    pages: Items[int]  # appended to the sequence's table
+    sample: bool
+    drafts: Items[int]  # guesses at the next tokens, counted by `tokens`
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One turn of the engine: release, then admit, then compute rows."""
+
+    number: int
+    release: Items[int]
+    admit: Items[Admit]
+    rows: Items[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, what the model thought of it, and what it liked better."""
+
+    id: int
+    logprob: float
+    top: Items[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What a row produced, or why it failed."""
+
+    sequence: int
+    tokens: Items[TokenLogprob] = ()
+    prompt: Items[TokenLogprob] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A step's answer, its rows in the step's order; empty on ranks other than 0."""
+
+    number: int
+    rows: Items[RowOutcome]
+    forward_us: int
+    sample_us: int
+
+
+class _Growing:
+    """An integer array that is appended to."""
+
+    __slots__ = ("_items", "_size")
+
+    def __init__(self, items: Items[int], dtype: type) -> None:
+        self._size = len(items)
+        self._items = np.empty(max(16, self._size + self._size // 2), dtype)
+        self._items[: self._size] = items
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def view(self) -> np.ndarray:
+        """The items so far, without a copy; stale after the next `extend`."""
+        return self._items[: self._size]
+
+    def extend(self, items: Items[int]) -> None:
+        end = self._size + len(items)
+        if end > len(self._items):
+            grown = np.empty(2 * end, self._items.dtype)
+            grown[: self._size] = self.view
+            self._items = grown
+        self._items[self._size : end] = items
+        self._size = end
+
+
+class Sequence:
+    """One sequence: the ids known, how many of them lie in its pages, and how its next token is chosen."""
+
+    __slots__ = ("_ids", "_pages", "adapter", "computed", "error", "handle", "number", "pending_prompt", "prompt_tokens", "sampling")
+
+    def __init__(self, admit: Admit, adapter: Adapter | None) -> None:
+        self.number = admit.sequence
+        self.prompt_tokens = admit.prompt_tokens
+        self.sampling = admit.sampling
+        self.handle = admit.adapter
+        self.adapter = adapter  # held, so that unloading it never touches a sequence that began with it
+        self.computed: int | None = None  # None until the first row says how much its pages hold already
+        self.error = ""  # once set, every later row of this sequence fails with it
+        # The prompt token after the last chunk, judged by that chunk's logits, reported with the row that computes it.
+        self.pending_prompt: TokenLogprob | None = None
+        self._ids = _Growing(admit.tokens, np.int64)
+        self._pages = _Growing((), np.int32)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Prompt and answer ids, int64; stale after the next `append`."""
+        return self._ids.view
+
+    @property
+    def pages(self) -> np.ndarray:
+        """The page table, int32, in order of position."""
+        return self._pages.view
+
+    def append(self, ids: Items[int]) -> None:
+        """Take sampled ids into the answer."""
+        self._ids.extend(ids)
+
+    def append_pages(self, pages: Items[int]) -> None:
+        """Grow the page table."""
+        self._pages.extend(pages)
+
+
+class SequenceTable:
+    """The sequences of an epoch, by number, and the rules that steps must keep about them."""
+
+    def __init__(self, *, vocabulary: int, pages: int, page_tokens: int, positions: int) -> None:
+        self._sequences: dict[int, Sequence] = {}
+        self._vocabulary = vocabulary
+        self._pages = pages
+        self._page_tokens = page_tokens
+        self._positions = positions  # 0 = no limit
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def release(self, number: int) -> None:
+        """Forget a sequence; one that was never admitted is forgotten already."""
+        self._sequences.pop(number, None)
+
+    def admit(self, admit: Admit, adapter: Adapter | None) -> None:
+        """Begin a sequence with the adapter that its handle stands for. Raises ProtocolError."""
+        who = f"admit of sequence {admit.sequence}"
+        if admit.sequence in self._sequences:
+            raise ProtocolError(f"{who}: it is admitted already; release it first")
+        if not 0 < admit.prompt_tokens <= len(admit.tokens):
+            raise ProtocolError(
+                f"{who}: {admit.prompt_tokens} of its {len(admit.tokens)} tokens are prompt; at least 1 and at most all must be"
+            )
+        largest = max(max(admit.tokens), admit.sampling.largest_id())
+        if largest >= self._vocabulary:
+            raise ProtocolError(f"{who}: token id {largest} is not below the vocabulary of {self._vocabulary}")
+        self._sequences[admit.sequence] = Sequence(admit, adapter)
+
+    def advance(self, row: Row) -> Sequence:
+        """Check one row against its sequence, give it its pages, and return the sequence. Raises ProtocolError."""
+        sequence = self._sequences.get(row.sequence)
+        if sequence is None:
+            raise ProtocolError(f"row of sequence {row.sequence}: it was never admitted, or was released")
+        if sequence.error:
+            return sequence
+        if sequence.computed is None:
+            sequence.computed = row.start
+        known, end, drafts = len(sequence.ids), row.start + row.tokens, len(row.drafts)
+        if row.start != sequence.computed:
+            self._refuse(row, f"it starts at {row.start}, but {sequence.computed} tokens are computed")
+        if row.tokens < 1 or end - drafts > known:
+            self._refuse(row, f"it computes up to token {end - drafts}, but {known} are known and a row has at least one")
+        if row.sample and end - drafts != known:
+            self._refuse(row, f"it samples after token {end - drafts}, but {known} are known")
+        if drafts and (not row.sample or row.tokens <= drafts or max(row.drafts) >= self._vocabulary):
+            self._refuse(row, f"its {drafts} drafts need sample=true, a known token before them and ids below {self._vocabulary}")
+        if self._positions and end > self._positions:
+            self._refuse(row, f"it reaches position {end}, past the model's {self._positions}")
+        if row.pages:
+            if max(row.pages) >= self._pages:
+                self._refuse(row, f"page {max(row.pages)} is not below the {self._pages} reserved")
+            sequence.append_pages(row.pages)
+        if end > len(sequence.pages) * self._page_tokens:
+            self._refuse(row, f"it reaches token {end}, but its {len(sequence.pages)} pages hold {self._page_tokens} tokens each")
+        return sequence
+
+    def _refuse(self, row: Row, why: str) -> None:
+        raise ProtocolError(f"row of sequence {row.sequence}: {why}")

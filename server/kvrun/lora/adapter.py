@@ -1,0 +1,191 @@
+"""A PEFT folder becomes the low-rank changes of this rank's linears, or an error that names what does not fit.
+
+Every tensor of the file is used, or the adapter is refused: one that is served partly is another adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvrun.errors import AdapterError, AdapterNotFound
+from kvrun.lora.peft import PeftConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+SHOWN = 10  # tensors in a message
+
+
+class Source(Protocol):
+    """A checkpoint module's share in a linear: see nn.linear.Source."""
+
+    module: str
+    rows: Tensor
+    column: int
+    cols: Tensor | None
+    out_features: int
+    in_features: int
+
+
+class Site(Protocol):
+    """A linear that adapters may change: see nn.linear.Linear."""
+
+    site: int
+    sources: Sequence[Source]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What an adapter adds to columns `column` to `column + n` of one linear: x @ a.T @ bt, the scale folded into bt."""
+
+    a: Tensor  # [rank, in_features of this rank]
+    bt: Tensor  # [rank, n]
+    column: int
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter as this rank holds it."""
+
+    digest: str  # hex SHA-256 over config and weights; equal on all ranks
+    deltas: Mapping[int, tuple[Delta, ...]]  # by site
+    bytes: int  # of this rank, by true ranks
+    matched: int  # tensors of the file
+    ranks: tuple[int, ...]  # one per changed module
+    targets: tuple[str, ...]  # last parts of the changed modules' names, e.g. "q_proj"
+
+
+def targets(linears: Iterable[Site]) -> list[str]:
+    """The module names that an adapter may target."""
+    return sorted({_target(source.module) for linear in linears for source in linear.sources})
+
+
+def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype) -> Adapter:
+    """Read, check and cut an adapter for the linears of this rank. Raises AdapterError or AdapterNotFound."""
+    config_bytes, weight_bytes = _contents(Path(folder))
+    digest = hashlib.sha256(config_bytes)
+    digest.update(weight_bytes)
+    config = PeftConfig.parse(config_bytes)
+    tensors = _tensors(weight_bytes, Path(folder) / WEIGHTS)
+    homes: dict[str, list[tuple[int, Source]]] = {}
+    for linear in linears:
+        for source in linear.sources:
+            homes.setdefault(source.module, []).append((linear.site, source))
+    pairs = _pairs(tensors, homes)
+    _check(pairs, homes, config)
+
+    deltas: dict[int, list[Delta]] = {}
+    for module, (a, b) in pairs.items():
+        for site, source in homes[module]:
+            if len(source.rows):
+                deltas.setdefault(site, []).append(_cut(a, b, source, config.scale(module), dtype))
+    held = [t for changed in deltas.values() for delta in changed for t in (delta.a, delta.bt)]
+    # Checked as held: a narrower dtype may turn a finite weight into an infinite one.
+    if not all(bool(torch.isfinite(t).all()) for t in held):
+        raise AdapterError(f"not finite in {_name(dtype)}: {_listed(_unsound(tensors) or tensors)}; its training diverged")
+    return Adapter(
+        digest=digest.hexdigest(),
+        deltas={site: tuple(changed) for site, changed in deltas.items()},
+        bytes=sum(t.numel() * t.element_size() for t in held),
+        matched=len(tensors),
+        ranks=tuple(a.shape[0] for a, _ in pairs.values()),
+        targets=tuple(sorted({_target(module) for module in pairs})),
+    )
+
+
+def _contents(folder: Path) -> tuple[bytes, bytes]:
+    """Both files, read once: what is hashed is what is served, whatever happens to the folder meanwhile."""
+    if not folder.is_dir():
+        raise AdapterNotFound(f"adapter folder {folder} does not exist")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            if name == WEIGHTS and pickled:
+                raise AdapterError(
+                    f"adapter folder {folder} holds pickled weights ({pickled[0]}), which are never read; convert them to {name}"
+                )
+            raise AdapterNotFound(f"adapter folder {folder} has no {name}; an adapter is a PEFT folder with {CONFIG} and {WEIGHTS}")
+    try:
+        return (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise AdapterNotFound(f"adapter folder {folder} cannot be read: {error}") from error
+
+
+def _tensors(data: bytes, file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    if data.startswith(b"version https://git-lfs"):
+        raise AdapterError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    try:
+        tensors = load(data)
+    except Exception as error:  # the library's own error type is not exported by every version
+        raise AdapterError(f"{file} is short or corrupt: {error}; download it again") from error
+    if not tensors:
+        raise AdapterError(f"{file} holds no tensor")
+    return tensors
+
+
+def _pairs(tensors: Mapping[str, Tensor], homes: Mapping[str, object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each module. Raises AdapterError with the tensors that are no A or B of a module of this model."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        match = NAME.match(name)
+        if match is None or match["module"] not in homes or match["side"] in sides.get(match["module"], {}):
+            strange.append(name)
+        else:
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if strange:
+        known = ", ".join(sorted({_target(module) for module in homes}))
+        raise AdapterError(f"nothing in this model takes {_listed(strange)}; an adapter may change, by one lora_A and lora_B each, {known}")
+    lone = [module for module, found in sides.items() if len(found) < 2]
+    if lone:
+        raise AdapterError(f"without its other half: {_listed(f'{module}.lora_{next(iter(sides[module]))}' for module in lone)}")
+    return {module: (found["A"], found["B"]) for module, found in sides.items()}
+
+
+def _check(pairs: Mapping[str, tuple[Tensor, Tensor]], homes: Mapping[str, Sequence[tuple[int, Source]]], config: PeftConfig) -> None:
+    """Hold shapes against the model and the config. Raises AdapterError."""
+    wrong = []
+    for module, (a, b) in pairs.items():
+        rank, source = config.rank(module), homes[module][0][1]
+        for side, tensor, shape in (("A", a, (rank, source.in_features)), ("B", b, (source.out_features, rank))):
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                wrong.append(f"{module}.lora_{side} is {_name(tensor.dtype)} {list(tensor.shape)}, not {list(shape)}")
+        if rank < 1:
+            raise AdapterError(f"adapter_config.json gives {module} rank {rank}; it must be at least 1")
+    if wrong:
+        raise AdapterError(f"wrong shape: {_listed(wrong)}; the adapter belongs to another model or another config")
+
+
+def _cut(a: Tensor, b: Tensor, source: Source, scale: float, dtype: torch.dtype) -> Delta:
+    """Take A's columns and B's rows as the linear's own weight was cut, so that no rank needs another's part."""
+    a = a if source.cols is None else a.index_select(1, source.cols)
+    b = b.index_select(0, source.rows).to(torch.float32) * scale
+    return Delta(a.to(dtype).contiguous().clone(), b.T.to(dtype).contiguous(), source.column)
+
+
+def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _target(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Up to ten names, then how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

@@ -1,0 +1,80 @@
+"""Messages of the wire into the engine's types and back, and which error answers with which status."""
+
+from __future__ import annotations
+
+import grpc
+
+from kvrun import errors
+from kvrun.engine.sampling import Sampling
+from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step, TokenLogprob
+from kvrun.rpc.pb import model_shard_pb2 as pb
+
+# The first row that an error is an instance of decides.
+STATUS: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
+    (errors.AdapterNotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.AdapterTooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.AdapterError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.StaleEpoch, grpc.StatusCode.ABORTED),
+    (errors.OutOfMemory, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+)
+
+
+def status(error: BaseException) -> grpc.StatusCode:
+    """The status an error answers with; INTERNAL for one that has no name."""
+    return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def to_step(message: pb.Step) -> Step:
+    """A step; raises ProtocolError where a sampling setting is out of range."""
+    return Step(
+        number=message.number,
+        release=message.release,
+        admit=[to_admit(admit) for admit in message.admit],
+        rows=[Row(row.sequence, row.start, row.tokens, row.pages, row.sample, row.drafts) for row in message.rows],
+    )
+
+
+def to_admit(message: pb.Admit) -> Admit:
+    """A sequence to begin."""
+    s = message.sampling
+    sampling = Sampling(
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        typical_p=s.typical_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        seed=s.seed,
+        logit_bias=dict(s.logit_bias),
+        suppressed=tuple(s.suppressed),
+        suppressed_until=s.suppressed_until,
+        top_logprobs=s.top_logprobs,
+        prompt_logprobs=s.prompt_logprobs,
+    )
+    return Admit(message.sequence, list(message.tokens), message.prompt_tokens, sampling, message.adapter)
+
+
+def from_outcome(epoch: int, outcome: Outcome, compute_us: int) -> pb.Outcome:
+    """The answer to a step."""
+    return pb.Outcome(
+        epoch=epoch,
+        number=outcome.number,
+        rows=[_row(row) for row in outcome.rows],
+        compute_us=compute_us,
+        forward_us=outcome.forward_us,
+        sample_us=outcome.sample_us,
+    )
+
+
+def _row(row: RowOutcome) -> pb.RowOutcome:
+    return pb.RowOutcome(
+        sequence=row.sequence, tokens=[_token(t) for t in row.tokens], prompt=[_token(t) for t in row.prompt], error=row.error
+    )
+
+
+def _token(token: TokenLogprob) -> pb.Token:
+    return pb.Token(id=token.id, logprob=token.logprob, top=[pb.Alternative(id=i, logprob=p) for i, p in token.top])
