@@ -52,19 +52,24 @@ fn owner(port: u16) -> Option<String> {
         .flat_map(|table| table.lines())
         .find_map(|line| listening_inode(line, port))?;
     let link = format!("socket:[{socket}]");
-    let processes = fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path());
-    let process = processes
-        .filter(|path| path.join("fd").is_dir())
-        .find(|path| holds(path, &link))?;
+    let entries = fs::read_dir("/proc").ok()?.flatten();
+    let mut processes = entries.filter(is_process).map(|entry| entry.path());
+    let process = processes.find(|path| holds(path, &link))?;
     let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
     Some(format!(
         "process {} ({})",
         process.file_name()?.to_string_lossy(),
         name.trim()
     ))
+}
+
+/// `/proc/self` is there as well, and is this process.
+fn is_process(entry: &fs::DirEntry) -> bool {
+    entry
+        .file_name()
+        .to_string_lossy()
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
 }
 
 fn holds(process: &Path, link: &str) -> bool {

@@ -30,18 +30,12 @@ impl Work<'_> {
     pub fn served(&self) -> Result<Served, Failure> {
         let settings = self.settings;
         let model = self.folder(
-            "model",
             "--model-id",
             &settings.model_id,
             settings.revision.as_deref(),
         )?;
         let adapters = settings.adapters.iter().map(|adapter| {
-            let folder = self.folder(
-                "adapter",
-                "--lora-ids",
-                &adapter.source,
-                adapter.revision.as_deref(),
-            )?;
+            let folder = self.folder("--lora-ids", &adapter.source, adapter.revision.as_deref())?;
             Ok((adapter.name.clone(), folder))
         });
         Ok(Served {
@@ -75,13 +69,7 @@ impl Work<'_> {
         })
     }
 
-    fn folder(
-        &self,
-        kind: &str,
-        flag: &str,
-        source: &str,
-        revision: Option<&str>,
-    ) -> Result<PathBuf, Failure> {
+    fn folder(&self, flag: &str, source: &str, revision: Option<&str>) -> Result<PathBuf, Failure> {
         let path = Path::new(source);
         if path.is_dir() {
             return std::path::absolute(path).map_err(|error| Failure::system(source, error));
@@ -100,7 +88,6 @@ impl Work<'_> {
                 .into_iter()
                 .flat_map(|revision| ["--revision".into(), revision.into()]),
         );
-        args.extend((kind == "adapter").then(|| "--adapter".into()));
         let args: Vec<_> = args.iter().map(OsString::as_os_str).collect();
         let text = self.answer(
             "download",

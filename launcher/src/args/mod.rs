@@ -24,7 +24,12 @@ use clap::{CommandFactory, Parser};
 
 /// Serve a large language model, and many LoRA adapters of it, from one command.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "text-generation-launcher", version, max_term_width = 110)]
+#[command(
+    name = "text-generation-launcher",
+    version,
+    max_term_width = 110,
+    args_override_self = true
+)]
 pub struct Args {
     #[command(flatten)]
     pub model: Model,
