@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
 from kvrun.dist import Group
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.build import load_model

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import kvrun_kernels
 import pytest
 import torch
+from kvrun import models
+from kvrun.spec import Layer, Model, Parallel, Residual
 from ragged import Runner, ranks
 from tiny import ROWS, VOCABULARY, oracle, write_checkpoint
 
-from kvrun import models
-from kvrun.spec import Layer, Model, Parallel, Residual
-
+NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
@@ -107,7 +108,10 @@ def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, wo
             if not rest[sequence]:
                 del rest[sequence]
     for alone, parts in zip(whole, pieces.values()):
-        assert torch.equal(alone, torch.cat(parts))
+        if NATIVE:
+            assert torch.equal(alone, torch.cat(parts))
+        else:  # torch's own matmul adds in another order for another number of rows
+            assert distance(torch.cat(parts), alone) < CLOSE
 
 
 def test_a_bfloat16_model_stays_near_its_float32_self(groups, checkpoint):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from kvrun import models
 from kvrun.attention.backend import Scores
@@ -22,7 +24,7 @@ from kvrun.nn.norms import LayerNorm, Norm, RmsNorm
 from kvrun.nn.positions import RotaryTable, alibi_slopes
 from kvrun.nn.residual import Branch, Residual
 from kvrun.nn.step import Mixer
-from kvrun.quant import Dense, LinearFormat, choose
+from kvrun.quant import Dense, DenseLinear, LinearFormat, choose
 from kvrun.spec import Alibi, Config, Model, Rope
 from kvrun.spec import mixers as spec_mixers
 from kvrun.spec import norms as spec_norms
@@ -30,7 +32,7 @@ from kvrun.state.pages import PageShape
 from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import probe
-from kvrun.weights.plan import LinearPlan, ModelPlan, plan_embed, plan_head, plan_mixer, plan_model, plan_norm, step_branches, whole
+from kvrun.weights.plan import LinearPlan, ModelPlan, plan_mixer, plan_model, plan_norm, step_branches, whole
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
@@ -88,7 +90,7 @@ def load_model(
         end_tokens=config.end_tokens,
         dtype=chosen,
         device=device,
-        weight_bytes=plan.elements * chosen.itemsize,
+        weight_bytes=(plan.elements - plan.embed.elements * build.shares_embedding) * chosen.itemsize,
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         digest=checkpoint.digest,
     )
@@ -112,14 +114,17 @@ class _Build:
     def __init__(self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group) -> None:
         self.linears: list[Linear] = []
         self.page_shapes: list[PageShape] = []
-        self._model, self._split, self._loader, self._format = model, plan.split, loader, weights
-        self._dtype, self._group = dtype, group
+        self._model, self._plan, self._loader, self._format = model, plan, loader, weights
+        self._split, self._dtype, self._group, self._dense = plan.split, dtype, group, Dense()
+        # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
+        self.shares_embedding = loader.stored(plan.embed) == loader.stored(plan.head.weight)
         self._hidden = model.decoder.embed.hidden
         self._rotaries: dict[Rope, RotaryTable] = {}  # layers that rotate alike share a table
 
     def decoder(self) -> Decoder:
         """All of it, in the order in which a token passes through."""
-        embed = self._embedding()
+        head = self._head_weight()
+        embed = self._embedding(head)
         residuals = []
         for layer in self._model.decoder.layers:
             for step in layer.steps:
@@ -128,24 +133,24 @@ class _Build:
                     for norm, mixers in step_branches(step)
                 ]
                 residuals.append(Residual(tuple(branches), self._group))
-        return Decoder(embed, tuple(residuals), self._head(), Native(), tuple(self._rotaries.values()))
+        return Decoder(embed, tuple(residuals), self._head(head), Native(), tuple(self._rotaries.values()))
 
-    def _embedding(self) -> Embedding:
-        embed = self._model.decoder.embed
-        plan = plan_embed(self._model, self._split)
-        table, learned = self._loader.table(plan, self._dtype), embed.position
+    def _head_weight(self) -> DenseLinear:
+        return self._dense.build({"weight": self._loader.table(self._plan.head.weight, self._dtype)}, self._dtype)
+
+    def _embedding(self, head: DenseLinear) -> Embedding:
+        embed, plan = self._model.decoder.embed, self._plan.embed
+        rows = head.rows if self.shares_embedding else partial(functional.embedding, weight=self._loader.table(plan, self._dtype))
+        learned, held = embed.position, plan.rows[0]
         if learned is None:
-            return Embedding(table, plan.rows[0][0], self._group)
+            return Embedding(rows, held, self._group)
         positions = self._loader.table(whole(f"{learned.name}.weight", (learned.rows, embed.hidden)), self._dtype)
-        return Embedding(table, plan.rows[0][0], self._group, positions, learned.offset)
+        return Embedding(rows, held, self._group, positions, learned.offset)
 
-    def _head(self) -> Head:
-        head = self._model.decoder.head
-        plan = plan_head(head, self._model, self._split)
-        weight = Dense().build({"weight": self._loader.table(plan.weight, self._dtype)}, self._dtype)
+    def _head(self, weight: DenseLinear) -> Head:
+        plan, norm = self._plan.head, self._norm(self._model.decoder.head.norm, "")
         bias = None if plan.bias is None else self._loader.table(plan.bias, self._dtype)
-        sizes = self._split.sizes(self._model.decoder.embed.vocabulary)
-        return Head(self._norm(head.norm, ""), weight, bias, sizes, self._group)
+        return Head(norm, weight, bias, self._split.sizes(self._model.decoder.embed.vocabulary), self._group)
 
     def _norm(self, norm: spec_norms.Norm, at: str) -> Norm:
         vectors = {key: self._loader.table(plan, self._dtype) for key, plan in plan_norm(norm, at, self._hidden).items()}

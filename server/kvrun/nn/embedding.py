@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,31 +11,30 @@ from torch.nn import functional
 from kvrun.dist import Group
 from kvrun.nn.norms import Norm
 from kvrun.quant.format import QuantizedLinear
+from kvrun.weights.split import Span
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Rows of the embedding from `first` on, and the learned positions if the model has them."""
+    """The embeddings of the ids in `held`, and the learned positions if the model has them."""
 
-    table: Tensor  # [rows of this rank, hidden]
-    first: int
+    rows: Callable[[Tensor], Tensor]  # indices within `held` [T] -> a new [T, hidden]
+    held: Span
     group: Group
     positions: Tensor | None = None  # [rows, hidden], whole on every rank
     offset: int = 0
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [T] int64 · positions [T] int32 -> [T, hidden]"""
-        x = self._rows(ids)
+        x = self.rows(ids) if self.group.world == 1 else self._share(ids)
         if self.positions is not None:
             x += functional.embedding(positions + self.offset, self.positions)
         return x
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        if self.group.world == 1:
-            return functional.embedding(ids, self.table)
-        local = ids - self.first
-        elsewhere = (local < 0) | (local >= self.table.shape[0])
-        x = functional.embedding(local.masked_fill(elsewhere, 0), self.table)
+    def _share(self, ids: Tensor) -> Tensor:
+        first, end = self.held
+        elsewhere = (ids < first) | (ids >= end)
+        x = self.rows((ids - first).masked_fill(elsewhere, 0))
         x[elsewhere] = 0
         return self.group.all_reduce(x)
 

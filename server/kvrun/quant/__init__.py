@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvrun.errors import Unsupported
-from kvrun.quant.dense import Dense
+from kvrun.quant.dense import Dense, DenseLinear
 from kvrun.quant.format import Axes, LinearFormat, QuantizedLinear
 
-__all__ = ["Axes", "Dense", "LinearFormat", "QuantizedLinear", "choose"]
+__all__ = ["Axes", "Dense", "DenseLinear", "LinearFormat", "QuantizedLinear", "choose"]
 
 
 def choose(quantize: str | None, stored: Mapping[str, Any] | None) -> LinearFormat:

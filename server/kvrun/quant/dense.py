@@ -27,12 +27,15 @@ class DenseLinear:
     def __init__(self, weight: Tensor) -> None:
         """weight [out, in]; not kept beside its packed form."""
         self._packed = ops.pack_linear(weight.contiguous())
-        self._in_features, self._dtype = weight.shape[1], weight.dtype
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
         return ops.linear(x, self._packed, bias)
 
     def dense(self) -> Tensor:
-        """The weight, [out, in], read back by multiplying the unit matrix, which is exact."""
-        return self.matmul(torch.eye(self._in_features, dtype=self._dtype)).t()
+        """The weight, [out, in]."""
+        return self._packed.dense()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` of the weight, [ids, in]: a tied embedding looks them up in the head's own copy."""
+        return self._packed.rows(ids)

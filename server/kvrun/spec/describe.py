@@ -17,7 +17,7 @@ def describe(model: Model) -> str:
     number = 0
     for steps, equal in groupby(layers, key=lambda layer: layer.steps):
         run: list[Layer] = list(equal)
-        span = f"layers {number}" if len(run) == 1 else f"layers {number} to {number + len(run) - 1}"
+        span = f"layer {number}" if len(run) == 1 else f"layers {number} to {number + len(run) - 1}"
         lines.append(f"{span} at {run[0].at}")
         lines += [f"  {line}" for step in steps for line in _lines("", step)]
         number += len(run)
@@ -26,7 +26,8 @@ def describe(model: Model) -> str:
 
 def _lines(label: str, value: Any) -> Iterator[str]:
     """One line for the value with its plain fields, then its parts, indented."""
-    parts = [(f.name, getattr(value, f.name)) for f in fields(value) if f.default is MISSING or getattr(value, f.name) != f.default]
+    stated = [(f, getattr(value, f.name)) for f in fields(value)]
+    parts = [(f.name, v) for f, v in stated if v != () and (f.default is MISSING or v != f.default)]
     inline = " ".join(f"{name}={_plain(v)}" for name, v in parts if not _is_part(v))
     yield " ".join(filter(None, (label, type(value).__name__, inline)))
     for name, v in parts:

@@ -50,7 +50,7 @@ class Loader:
         """This rank's rows of a table or vector."""
         import torch
 
-        name = self._table_name(plan)
+        name = self.stored(plan)
         spans: tuple[Runs, ...] = (plan.rows, *(((0, n),) for n in plan.shape[1:]))
         out = torch.empty(extent(spans), dtype=dtype)
         self.checkpoint.read(name, spans, out)
@@ -97,7 +97,7 @@ class Loader:
     def _wanted(self, plan: ModelPlan, axes: Mapping[str, Axes]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
         for table in plan.all_tables():
-            yield self._table_name(table), table.shape
+            yield self.stored(table), table.shape
         for linear in plan.linears:
             for cut in linear.cuts:
                 whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
@@ -106,7 +106,8 @@ class Loader:
                 if linear.bias:
                     yield self.naming(f"{cut.module}.bias"), (cut.out_features,)
 
-    def _table_name(self, plan: TablePlan) -> str:
+    def stored(self, plan: TablePlan) -> str:
+        """The name under which the checkpoint has a table."""
         name = self.naming(plan.tensor)
         if name not in self.checkpoint.entries and plan.instead is not None:
             other = self.naming(plan.instead)

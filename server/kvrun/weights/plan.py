@@ -56,6 +56,11 @@ class TablePlan:
     rows: Runs
     instead: str | None = None  # the tensor to read when the checkpoint lacks this one: the other of two tied names
 
+    @property
+    def elements(self) -> int:
+        """Numbers this rank holds of it."""
+        return size(self.rows) * math.prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class HeadPlan:
@@ -79,7 +84,7 @@ class ModelPlan:
     def elements(self) -> int:
         """Numbers this rank holds."""
         matrices = sum(linear.out_features * (linear.in_features + linear.bias_here) for linear in self.linears)
-        return matrices + sum(size(table.rows) * math.prod(table.shape[1:]) for table in self.all_tables())
+        return matrices + sum(table.elements for table in self.all_tables())
 
     def all_tables(self) -> Iterator[TablePlan]:
         """Tables of every kind."""
