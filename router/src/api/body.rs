@@ -1,0 +1,165 @@
+//! Bodies: read within limits, looked over before they are parsed, and parsed without ignoring anything.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use axum::http::header;
+use serde::de::DeserializeOwned;
+
+use super::App;
+use super::error::{ApiError, Kind};
+
+/// Deepest nesting of arrays and objects that is parsed.
+const DEPTH: usize = 64;
+/// Longest time a body may take to arrive.
+const ARRIVAL: Duration = Duration::from_secs(30);
+
+/// A JSON body as a wire type. Unknown fields are refused by name where the type says so.
+pub struct JsonBody<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let is_json = request
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .is_some_and(|value| {
+                let essence = value
+                    .split(';')
+                    .next()
+                    .unwrap_or_default()
+                    .trim()
+                    .to_ascii_lowercase();
+                essence == "application/json"
+                    || (essence.starts_with("application/") && essence.ends_with("+json"))
+            });
+        if !is_json {
+            return Err(ApiError::new(
+                Kind::MediaType,
+                "the body must be JSON; send it with `Content-Type: application/json`",
+            ));
+        }
+        let limit = app.settings.payload_limit;
+        let announced = request
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+        if announced.is_some_and(|bytes| bytes > limit) {
+            return Err(too_large(limit));
+        }
+        let bytes = read(request.into_body(), limit).await?;
+        parse(&bytes).map(Self)
+    }
+}
+
+async fn read(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let whole = axum::body::to_bytes(body, limit);
+    match tokio::time::timeout(ARRIVAL, whole).await {
+        Ok(Ok(bytes)) => Ok(bytes.into()),
+        Ok(Err(error)) if is_limit(&error) => Err(too_large(limit)),
+        Ok(Err(_)) => Err(ApiError::new(
+            Kind::Validation,
+            "the body broke off before its end",
+        )),
+        Err(_) => Err(ApiError::new(
+            Kind::Timeout,
+            format!("the body did not arrive within {} s", ARRIVAL.as_secs()),
+        )),
+    }
+}
+
+fn is_limit(error: &axum::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if inner.to_string().contains("length limit") {
+            return true;
+        }
+        source = inner.source();
+    }
+    false
+}
+
+fn too_large(limit: usize) -> ApiError {
+    ApiError::new(
+        Kind::TooLarge,
+        format!("the body is larger than {limit} bytes; send less, or raise --payload-limit"),
+    )
+}
+
+/// Parses bytes that a client sent.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        ApiError::new(
+            Kind::Validation,
+            format!("the body is not UTF-8 from byte {} on", error.valid_up_to()),
+        )
+    })?;
+    if let Some(depth) = too_deep(text) {
+        return Err(ApiError::new(
+            Kind::Validation,
+            format!("the body nests {depth} levels deep, the limit is {DEPTH}"),
+        ));
+    }
+    serde_json::from_str(text).map_err(|error| {
+        let message = error.to_string();
+        ApiError {
+            param: named_field(&message),
+            ..ApiError::new(
+                Kind::Validation,
+                format!("the body is not a valid request: {message}"),
+            )
+        }
+    })
+}
+
+/// The field an unknown or missing field error speaks of.
+fn named_field(message: &str) -> Option<String> {
+    let at_field = message
+        .strip_prefix("unknown field `")
+        .or_else(|| message.strip_prefix("missing field `"))?;
+    Some(at_field.split('`').next()?.to_owned())
+}
+
+/// The first depth beyond the limit, found without recursion.
+fn too_deep(text: &str) -> Option<usize> {
+    let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => {
+                depth += 1;
+                if depth > DEPTH {
+                    return Some(depth);
+                }
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn brackets_in_strings_are_no_depth() {
+        assert_eq!(too_deep(&format!("[{}]", "\"[[\\\"[\",".repeat(100))), None);
+        assert_eq!(too_deep(&"[".repeat(65)), Some(65));
+        assert_eq!(too_deep(&"[]".repeat(1000)), None);
+    }
+
+    #[test]
+    fn surrogates_and_bad_bytes_are_refused() {
+        assert!(parse::<String>(b"\"\xff\"").is_err());
+        assert!(parse::<String>(b"\"\\ud800\"").is_err());
+        assert_eq!(parse::<String>(b"\"\\ud83d\\ude00\"").unwrap(), "😀");
+    }
+}

@@ -1,0 +1,10 @@
+//! OpenAI's routes: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
+
+pub mod chat;
+pub mod completions;
+mod fields;
+pub mod models;
+mod streams;
+pub mod types;
+
+pub use fields::unix_seconds;

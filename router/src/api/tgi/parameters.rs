@@ -1,0 +1,165 @@
+//! From TGI's parameters to a request, with TGI's rules and defaults.
+
+use serde_json::Number;
+
+use super::types::GenerateParameters;
+use crate::api::App;
+use crate::api::error::ApiError;
+use crate::api::request::{GenerateRequest, Names, Prompt, SamplingFields};
+use crate::api::validate::{chosen_adapter, unsupported};
+
+/// What the handlers need beside the request itself.
+pub struct Asked {
+    /// The request.
+    pub request: GenerateRequest,
+    /// Answers to pick the best from.
+    pub best_of: usize,
+    /// Whether details are wanted.
+    pub details: bool,
+    /// Whether the prompt goes before the answer.
+    pub full_text: Option<bool>,
+}
+
+const NAMES: Names = Names {
+    prompt: "inputs",
+    max_new_tokens: "max_new_tokens",
+};
+
+/// Reads a body's fields. Parameters that are absent altogether mean sampling; present ones mean greedy unless they say
+/// otherwise.
+pub fn asked(
+    app: &App,
+    inputs: String,
+    parameters: Option<GenerateParameters>,
+    stream: bool,
+) -> Result<Asked, ApiError> {
+    let absent = parameters.is_none();
+    let parameters = parameters.unwrap_or_default();
+    refuse_unsupported(&parameters)?;
+    let sample = absent
+        || parameters.do_sample == Some(true)
+        || parameters.temperature.is_some()
+        || parameters.top_k.is_some()
+        || parameters.top_p.is_some()
+        || parameters.typical_p.is_some();
+    let seed = parameters.seed.as_ref().map(seed).transpose()?;
+    let best_of = best_of(app, &parameters, sample, seed.is_some(), stream)?;
+    let prompt_logprobs = parameters.decoder_input_details == Some(true);
+    if prompt_logprobs && stream {
+        return Err(ApiError::field(
+            "decoder_input_details",
+            "`decoder_input_details` is not available in streams; use /generate",
+        ));
+    }
+    let most = app.settings.max_top_n_tokens;
+    let top_logprobs = match parameters.top_n_tokens {
+        None => 0,
+        Some(asked) => u32::try_from(asked)
+            .ok()
+            .filter(|&asked| asked <= most)
+            .ok_or_else(|| {
+                let message =
+                    format!("`top_n_tokens` must be between 0 and {most}, {asked} was given");
+                ApiError::field("top_n_tokens", message)
+            })?,
+    };
+    Ok(Asked {
+        best_of,
+        details: parameters.details == Some(true) || prompt_logprobs,
+        full_text: parameters.return_full_text,
+        request: GenerateRequest {
+            prompt: Prompt::Text {
+                text: inputs,
+                add_special: true,
+            },
+            adapter: chosen_adapter(parameters.adapter_id, parameters.lora_id)?,
+            sampling: SamplingFields {
+                sample,
+                temperature: parameters.temperature,
+                top_k: parameters.top_k,
+                top_p: parameters.top_p,
+                typical_p: parameters.typical_p,
+                repetition_penalty: parameters.repetition_penalty,
+                frequency_penalty: parameters.frequency_penalty,
+                presence_penalty: parameters.presence_penalty,
+                seed,
+                ..SamplingFields::default()
+            },
+            max_new_tokens: parameters.max_new_tokens,
+            default_max_new_tokens: None,
+            min_new_tokens: None,
+            truncate: parameters.truncate,
+            stop: parameters.stop.unwrap_or_default(),
+            ignore_eos: parameters.ignore_eos_token == Some(true),
+            top_logprobs,
+            prompt_logprobs,
+            names: NAMES,
+        },
+    })
+}
+
+fn seed(seed: &Number) -> Result<u64, ApiError> {
+    seed.as_u64().ok_or_else(|| {
+        ApiError::field(
+            "seed",
+            format!("`seed` must be a whole number from 0 to 2^64 - 1, {seed} was given"),
+        )
+    })
+}
+
+fn best_of(
+    app: &App,
+    parameters: &GenerateParameters,
+    sample: bool,
+    seeded: bool,
+    stream: bool,
+) -> Result<usize, ApiError> {
+    let most = app.settings.max_best_of;
+    let asked = parameters.best_of.unwrap_or(1);
+    let refuse = |message: String| Err(ApiError::field("best_of", message));
+    match usize::try_from(asked) {
+        Ok(1) => Ok(1),
+        Ok(count) if count > 0 && count <= most => {
+            if !sample {
+                refuse("`best_of` above 1 needs sampling; set `do_sample`".to_owned())
+            } else if seeded {
+                refuse("`best_of` above 1 draws its own seeds; leave out `seed`".to_owned())
+            } else if stream {
+                refuse("`best_of` above 1 is not available in streams; use /generate".to_owned())
+            } else {
+                Ok(count)
+            }
+        }
+        _ => refuse(format!(
+            "`best_of` must be between 1 and {most}, {asked} was given"
+        )),
+    }
+}
+
+fn refuse_unsupported(parameters: &GenerateParameters) -> Result<(), ApiError> {
+    if parameters.watermark == Some(true) {
+        return Err(unsupported("watermark", "answers carry no watermark"));
+    }
+    if parameters.grammar.is_some() {
+        return Err(unsupported(
+            "grammar",
+            "answers cannot be held to a grammar yet",
+        ));
+    }
+    if parameters.merged_adapters.is_some() {
+        return Err(unsupported("merged_adapters", "an answer has one adapter"));
+    }
+    if parameters.api_token.is_some() {
+        return Err(unsupported(
+            "api_token",
+            "adapters are loaded with the server's own credentials",
+        ));
+    }
+    match parameters.adapter_source.as_deref() {
+        None | Some("" | "hub" | "local") => Ok(()),
+        Some(other) => Err(ApiError::field(
+            "adapter_source",
+            format!("`adapter_source` is `{other}`; only `hub` and `local` are known here"),
+        )),
+    }
+}
