@@ -1,5 +1,373 @@
-//! The pure core of the router: events and the time go in, a step comes out. No I/O, no clock, no randomness.
+//! The pure core of the router: events and the time go in, a step comes out.
+//!
+//! It owns the queue, the page table, the prefix cache, adapter residency, fairness and the journal of every open
+//! request. No I/O, no clock, no randomness: the same calls give the same steps, which is what makes it simulable.
+
+mod adapters;
+mod audit;
+mod budget;
+mod commit;
+mod fairness;
+mod pages;
+mod plan;
+mod prefix;
+mod queue;
+mod sequence;
+mod step;
+
+pub use adapters::{AdapterOrder, AdapterView, Adapters, LoadFault, Residency};
+pub use pages::PageCounts;
+pub use queue::QueueLimits;
+pub use sequence::{Journal, Request};
+pub use step::{
+    Acceptance, Admission, Event, Failure, Finish, Refusal, Reply, Row, RowReply, Step, Violation,
+    What,
+};
+
+use commit::Pace;
+use fairness::Fairness;
+use pages::Pages;
+use queue::{Queue, Waiting};
+use sequence::Sequence;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Time since an origin of the caller's choice; it never runs backwards.
+pub type Time = std::time::Duration;
 
 /// Names one registration of an adapter; never reused within the router's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterId(pub u64);
+
+/// The operator's choices.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Most tokens of one step.
+    pub step_tokens: u32,
+    /// Most rows of one step.
+    pub step_rows: u32,
+    /// Most tokens of one sequence, whatever model and pool; `u32::MAX` = no limit of its own.
+    pub max_tokens: u32,
+    /// Most requests that may wait.
+    pub queue_requests: u32,
+    /// Most tokens that may wait; 0 = four times the pool.
+    pub queue_tokens: u64,
+    /// Whether tenants share cached prefixes.
+    pub share_prefixes: bool,
+}
+
+/// What the shards say about the model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Model {
+    /// Its digest; part of every prefix key.
+    pub digest: String,
+    /// Tokens of one page.
+    pub page_tokens: u32,
+    /// Ids at or above it fail their row.
+    pub vocabulary: u32,
+    /// Most tokens of one sequence; 0 = no limit of its own.
+    pub positions: u32,
+}
+
+/// A new epoch, as the shards granted it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Its number, greater than any before.
+    pub epoch: u64,
+    /// Pages on every rank.
+    pub pages: u32,
+    /// Bytes for adapters on every rank.
+    pub adapter_bytes: u64,
+    /// What they loaded.
+    pub model: Model,
+}
+
+/// How busy the core is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Requests in the queue.
+    pub waiting: u32,
+    /// Tokens they count for.
+    pub waiting_tokens: u64,
+    /// Requests on the shard.
+    pub running: u32,
+    /// Where the pages are.
+    pub pages: PageCounts,
+}
+
+/// A fault planted on purpose, to prove that the simulator finds it.
+#[cfg(feature = "planted-bugs")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlantedBug {
+    /// A cancelled request keeps a page.
+    LeakPage,
+    /// Pages are published when a step is planned, before the shard answered.
+    PublishUnacked,
+    /// Prefix keys do not say under which adapter a page was written.
+    KeyWithoutAdapter,
+    /// Outcomes of an old epoch are taken for the current one.
+    AcceptStale,
+}
+
+/// The epoch that serves.
+#[derive(Debug)]
+struct Epoch {
+    number: u64,
+    /// Steps planned so far.
+    steps: u64,
+    in_flight: Option<InFlight>,
+    /// Released with the next step.
+    release: Vec<Released>,
+}
+
+/// The step that the shards are computing.
+#[derive(Debug)]
+struct InFlight {
+    rows: Vec<Row>,
+    released: Vec<Released>,
+    planned: Time,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Released {
+    sequence: u64,
+    adapter: Option<AdapterId>,
+}
+
+/// The scheduler. Every method that can end requests leaves events for [`Scheduler::take_events`].
+#[derive(Debug)]
+pub struct Scheduler {
+    config: Config,
+    model: Model,
+    epoch: Option<Epoch>,
+    /// Most tokens of one sequence; known from the first epoch on.
+    limit: Option<u32>,
+    sequences: BTreeMap<u64, Sequence>,
+    running: BTreeSet<u64>,
+    /// Sequences that were in flight at two deaths in a row; each is replayed alone.
+    suspects: BTreeSet<u64>,
+    queue: Queue,
+    fairness: Fairness,
+    pages: Pages,
+    adapters: Adapters,
+    deadlines: BTreeSet<(Time, u64)>,
+    events: Vec<Event>,
+    pace: Pace,
+    last_id: u64,
+    #[cfg(feature = "planted-bugs")]
+    planted: Option<PlantedBug>,
+}
+
+impl Scheduler {
+    /// A core that waits for its first epoch.
+    pub fn new(config: Config) -> Self {
+        let limits = QueueLimits {
+            requests: config.queue_requests,
+            tokens: config.queue_tokens,
+        };
+        Self {
+            config,
+            model: Model::default(),
+            epoch: None,
+            limit: None,
+            sequences: BTreeMap::new(),
+            running: BTreeSet::new(),
+            suspects: BTreeSet::new(),
+            queue: Queue::new(limits),
+            fairness: Fairness::default(),
+            pages: Pages::default(),
+            adapters: Adapters::default(),
+            deadlines: BTreeSet::new(),
+            events: Vec::new(),
+            pace: Pace::default(),
+            last_id: 0,
+            #[cfg(feature = "planted-bugs")]
+            planted: None,
+        }
+    }
+
+    /// Plants a bug.
+    #[cfg(feature = "planted-bugs")]
+    pub fn plant(&mut self, bug: PlantedBug) {
+        self.planted = Some(bug);
+    }
+
+    #[cfg(feature = "planted-bugs")]
+    fn has(&self, bug: PlantedBug) -> bool {
+        self.planted == Some(bug)
+    }
+
+    /// Queues a request; answers with its id.
+    pub fn submit(&mut self, now: Time, request: Request) -> Result<u64, Refusal> {
+        let limit = self.limit.ok_or(Refusal::NotReady)?;
+        let asked = (request.prompt.len() as u64).saturating_add(u64::from(request.max_new_tokens));
+        let asked = u32::try_from(asked).unwrap_or(u32::MAX);
+        if asked > limit || request.prompt.is_empty() || request.max_new_tokens == 0 {
+            return Err(Refusal::TooLong { asked, limit });
+        }
+        if request.adapter.is_some_and(|id| !self.adapters.accepts(id)) {
+            return Err(Refusal::UnknownAdapter);
+        }
+        let tenant = self.fairness.open(&request.tenant, request.adapter);
+        if !self.queue.has_room(tenant, u64::from(asked)) {
+            self.fairness.close(tenant, request.adapter);
+            return Err(Refusal::Overloaded(
+                self.pace.retry_after(self.queue.tokens()),
+            ));
+        }
+        if let Some(id) = request.adapter {
+            self.adapters.open(id, now);
+        }
+        self.last_id += 1;
+        let sequence = Sequence::new(request, tenant, now);
+        if let Some(at) = sequence.expires() {
+            self.deadlines.insert((at, self.last_id));
+        }
+        self.queue.push(waiting(self.last_id, &sequence));
+        self.sequences.insert(self.last_id, sequence);
+        Ok(self.last_id)
+    }
+
+    /// Forgets a request, whatever its state; its pages are free before this returns. Unknown ids are no error.
+    pub fn cancel(&mut self, now: Time, id: u64) {
+        #[cfg(feature = "planted-bugs")]
+        if self.has(PlantedBug::LeakPage)
+            && let Some(sequence) = self.sequences.get_mut(&id)
+        {
+            sequence.table.pop();
+        }
+        self.close(now, id);
+    }
+
+    /// Ends every open request with a failure.
+    pub fn fail_all(&mut self, now: Time, failure: &Failure) {
+        let open: Vec<u64> = self.sequences.keys().copied().collect();
+        for id in open {
+            self.fail(now, id, failure.clone());
+        }
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Prompt and committed answer of an open request.
+    pub fn journal(&self, id: u64) -> Option<&Journal> {
+        self.sequences.get(&id).map(|sequence| &sequence.journal)
+    }
+
+    /// What an open request asked for.
+    pub fn request(&self, id: u64) -> Option<&Request> {
+        self.sequences.get(&id).map(|sequence| &sequence.request)
+    }
+
+    /// The registry of adapters.
+    pub fn adapters(&self) -> &Adapters {
+        &self.adapters
+    }
+
+    /// The registry of adapters, to register, pin, want or dismiss.
+    pub fn adapters_mut(&mut self) -> &mut Adapters {
+        &mut self.adapters
+    }
+
+    /// Most tokens of one sequence; `None` before the first epoch.
+    pub fn limit(&self) -> Option<u32> {
+        self.limit
+    }
+
+    /// How busy it is.
+    pub fn load(&self) -> Load {
+        Load {
+            waiting: self.queue.requests(),
+            waiting_tokens: self.queue.tokens(),
+            running: self.running.len() as u32,
+            pages: self.pages.counts(),
+        }
+    }
+
+    /// Whether no request is open and nothing is left to tell the shards.
+    pub fn is_idle(&self) -> bool {
+        let quiet = |epoch: &Epoch| epoch.in_flight.is_none() && epoch.release.is_empty();
+        self.sequences.is_empty() && self.epoch.as_ref().is_none_or(quiet)
+    }
+
+    /// The earliest moment at which a request fails by time alone; `plan` must be called by then.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    /// Ends a request with a failure.
+    fn fail(&mut self, now: Time, id: u64, failure: Failure) {
+        if self.close(now, id) {
+            self.events.push(Event {
+                request: id,
+                what: What::Failed(failure),
+            });
+        }
+    }
+
+    /// Takes a request out of everything that knows it; false when nobody does.
+    fn close(&mut self, now: Time, id: u64) -> bool {
+        self.withdraw(id);
+        let Some(sequence) = self.sequences.remove(&id) else {
+            return false;
+        };
+        self.queue.remove(waiting(id, &sequence));
+        if let Some(at) = sequence.expires() {
+            self.deadlines.remove(&(at, id));
+        }
+        self.suspects.remove(&id);
+        let adapter = sequence.request.adapter;
+        self.fairness.close(sequence.tenant, adapter);
+        if let Some(adapter) = adapter {
+            self.adapters.close(adapter, now);
+        }
+        true
+    }
+
+    /// Takes a running sequence off the shard: its pages are free at once, because the next step releases it first.
+    fn withdraw(&mut self, id: u64) {
+        if !self.running.remove(&id) {
+            return;
+        }
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        self.pages.give_back(&mut sequence.table);
+        sequence.computed = 0;
+        sequence.published = 0;
+        if let Some(epoch) = &mut self.epoch {
+            epoch.release.push(Released {
+                sequence: id,
+                adapter: sequence.request.adapter,
+            });
+        }
+    }
+
+    /// Changes when a request fails by time alone.
+    fn recover_by(&mut self, id: u64, by: Option<Time>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        if let Some(at) = sequence.expires() {
+            self.deadlines.remove(&(at, id));
+        }
+        sequence.recover_by = by;
+        if let Some(at) = sequence.expires() {
+            self.deadlines.insert((at, id));
+        }
+    }
+}
+
+/// A sequence as the queue counts it.
+fn waiting(id: u64, sequence: &Sequence) -> Waiting {
+    let request = &sequence.request;
+    Waiting {
+        id,
+        tenant: sequence.tenant,
+        adapter: request.adapter,
+        tokens: request.prompt.len() as u64 + u64::from(request.max_new_tokens),
+        submitted: sequence.submitted,
+    }
+}

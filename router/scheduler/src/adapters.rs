@@ -1,0 +1,557 @@
+//! Which adapters lie on the shard: loads on demand, leaves, evictions, and the bytes they take by their true ranks.
+//!
+//! States seen from outside: known -> loading -> ready -> draining -> gone. Loads and unloads are orders to the engine;
+//! nothing here waits, and a request waits only for its own adapter.
+
+use crate::{AdapterId, Time};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Loads that run at once.
+const LOADS_AT_ONCE: usize = 4;
+/// A request waits this long before an adapter in use has to make room for its own.
+const ROTATION: Time = Time::from_secs(2);
+/// Shard deaths during its load, in a row, that make an adapter unfit.
+const DEADLY_LOADS: u32 = 3;
+
+/// What the engine shall do; each handle is used once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterOrder {
+    /// Load on every rank, then report `loaded` or `load_failed`.
+    Load {
+        /// Whose folder.
+        adapter: AdapterId,
+        /// The shard's name for it.
+        handle: u64,
+    },
+    /// Unload on every rank, then report `unloaded`.
+    Unload {
+        /// The shard's name for it.
+        handle: u64,
+    },
+}
+
+/// Why an adapter is not on the shard although it was wanted there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadFault {
+    /// It does not suit the model, or killed the shard.
+    Unfit,
+    /// No such folder.
+    Missing,
+    /// Its bytes do not fit.
+    NoRoom,
+}
+
+/// Where an adapter stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Residency {
+    /// Not on the shard.
+    Absent,
+    /// The shard reads it.
+    Loading {
+        /// The shard's name for it.
+        handle: u64,
+    },
+    /// On the shard.
+    Resident {
+        /// The shard's name for it.
+        handle: u64,
+    },
+    /// The shard frees it; its bytes still count.
+    Unloading {
+        /// The shard's name for it.
+        handle: u64,
+    },
+    /// The last load failed; stays so until it is asked for again.
+    Failed {
+        /// What kind of failure.
+        fault: LoadFault,
+        /// The shard's words.
+        reason: String,
+    },
+}
+
+/// One registered adapter.
+#[derive(Debug, Clone)]
+pub struct AdapterView {
+    /// Where it stands.
+    pub residency: Residency,
+    /// Content digest of the last load.
+    pub digest: Option<Arc<str>>,
+    /// Bytes on the fullest rank; an estimate before the first load.
+    pub bytes: u64,
+    /// Open requests.
+    pub users: u32,
+    /// Exempt from eviction.
+    pub pinned: bool,
+    /// Refuses new requests, leaves when the last one ends.
+    pub leaving: bool,
+    /// Sequences that the shard may still hold under it.
+    held: u32,
+    /// Takes no further rows for waiting requests, so that another adapter gets its turn.
+    yielding: bool,
+    used_at: Time,
+    resident_since: Time,
+    deadly_loads: u32,
+}
+
+/// All registered adapters.
+#[derive(Debug, Default)]
+pub struct Adapters {
+    all: BTreeMap<AdapterId, AdapterView>,
+    /// Absent adapters that somebody wants.
+    wanted: BTreeSet<AdapterId>,
+    leaving: BTreeSet<AdapterId>,
+    by_handle: BTreeMap<u64, AdapterId>,
+    capacity: u64,
+    serving: bool,
+    last_id: u64,
+    last_handle: u64,
+}
+
+impl Adapters {
+    /// Registers an adapter and wants it loaded; `estimate` is its bytes as far as known.
+    pub fn register(&mut self, estimate: u64, pinned: bool, now: Time) -> AdapterId {
+        self.last_id += 1;
+        let id = AdapterId(self.last_id);
+        let view = AdapterView {
+            residency: Residency::Absent,
+            digest: None,
+            bytes: estimate,
+            users: 0,
+            pinned,
+            leaving: false,
+            held: 0,
+            yielding: false,
+            used_at: now,
+            resident_since: now,
+            deadly_loads: 0,
+        };
+        self.all.insert(id, view);
+        self.wanted.insert(id);
+        id
+    }
+
+    /// One adapter.
+    pub fn get(&self, id: AdapterId) -> Option<&AdapterView> {
+        self.all.get(&id)
+    }
+
+    /// Every adapter.
+    pub fn iter(&self) -> impl Iterator<Item = (AdapterId, &AdapterView)> {
+        self.all.iter().map(|(&id, view)| (id, view))
+    }
+
+    /// Wants an absent or failed adapter on the shard (again).
+    pub fn want(&mut self, id: AdapterId) {
+        if let Some(view) = self.all.get_mut(&id) {
+            if matches!(view.residency, Residency::Failed { .. }) {
+                view.residency = Residency::Absent;
+            }
+            if view.residency == Residency::Absent {
+                self.wanted.insert(id);
+            }
+        }
+    }
+
+    /// Exempts from eviction, or no longer; false when unknown.
+    pub fn pin(&mut self, id: AdapterId, pinned: bool) -> bool {
+        self.all
+            .get_mut(&id)
+            .map(|view| view.pinned = pinned)
+            .is_some()
+    }
+
+    /// Refuses new requests from now on; gone when the last one ends. False when unknown.
+    pub fn leave(&mut self, id: AdapterId) -> bool {
+        let Some(view) = self.all.get_mut(&id) else {
+            return false;
+        };
+        view.leaving = true;
+        self.leaving.insert(id);
+        true
+    }
+
+    /// Whether a new request may name it.
+    pub fn accepts(&self, id: AdapterId) -> bool {
+        self.all.get(&id).is_some_and(|view| {
+            !view.leaving && !matches!(view.residency, Residency::Failed { .. })
+        })
+    }
+
+    pub(crate) fn open(&mut self, id: AdapterId, now: Time) {
+        if let Some(view) = self.all.get_mut(&id) {
+            view.users += 1;
+            view.used_at = now;
+            if view.residency == Residency::Absent {
+                self.wanted.insert(id);
+            }
+        }
+    }
+
+    pub(crate) fn close(&mut self, id: AdapterId, now: Time) {
+        if let Some(view) = self.all.get_mut(&id) {
+            view.users -= 1;
+            view.used_at = now;
+        }
+    }
+
+    /// A sequence under it is about to be admitted on the shard.
+    pub(crate) fn hold(&mut self, id: AdapterId) {
+        if let Some(view) = self.all.get_mut(&id) {
+            view.held += 1;
+        }
+    }
+
+    /// The shard answered the step that released such a sequence.
+    pub(crate) fn unhold(&mut self, id: AdapterId) {
+        if let Some(view) = self.all.get_mut(&id) {
+            view.held -= 1;
+        }
+    }
+
+    /// Whether waiting requests may be admitted under it.
+    pub(crate) fn usable(&self, id: AdapterId) -> bool {
+        self.all.get(&id).is_some_and(|view| {
+            matches!(view.residency, Residency::Resident { .. }) && !view.yielding
+        })
+    }
+
+    /// The shard's name and the digest of a resident adapter.
+    pub(crate) fn resident(&self, id: AdapterId) -> Option<(u64, &str)> {
+        let view = self.all.get(&id)?;
+        match (&view.residency, &view.digest) {
+            (Residency::Resident { handle }, Some(digest)) => Some((*handle, digest)),
+            _ => None,
+        }
+    }
+
+    /// A load succeeded. Answers with the adapter, and whether its content is another than the last time.
+    pub(crate) fn loaded(
+        &mut self,
+        handle: u64,
+        digest: &str,
+        bytes: u64,
+        now: Time,
+    ) -> Option<(AdapterId, bool)> {
+        let id = *self.by_handle.get(&handle)?;
+        let view = self.all.get_mut(&id)?;
+        if view.residency != (Residency::Loading { handle }) {
+            return None;
+        }
+        let changed = view.digest.as_deref().is_some_and(|old| old != digest);
+        view.residency = Residency::Resident { handle };
+        view.digest = Some(Arc::from(digest));
+        view.bytes = bytes;
+        view.resident_since = now;
+        view.deadly_loads = 0;
+        Some((id, changed))
+    }
+
+    /// A load failed. Answers with the adapter when that is final; otherwise it is tried again with more room.
+    pub(crate) fn load_failed(
+        &mut self,
+        handle: u64,
+        fault: LoadFault,
+        reason: &str,
+    ) -> Option<AdapterId> {
+        let id = self.by_handle.remove(&handle)?;
+        let others = self.taken() - self.all.get(&id)?.bytes.min(self.taken());
+        let others_load = self.loading() > 1;
+        let capacity = self.capacity;
+        let view = self.all.get_mut(&id)?;
+        if fault == LoadFault::NoRoom && (others > 0 || others_load) {
+            // The estimate was too low: ask for a byte more than was free, which evicts one more idle adapter.
+            view.bytes = view.bytes.max(capacity.saturating_sub(others) + 1);
+            view.residency = Residency::Absent;
+            self.wanted.insert(id);
+            return None;
+        }
+        let reason = reason.to_owned();
+        view.residency = Residency::Failed { fault, reason };
+        Some(id)
+    }
+
+    /// An unload is done.
+    pub(crate) fn unloaded(&mut self, handle: u64) {
+        let Some(id) = self.by_handle.remove(&handle) else {
+            return;
+        };
+        if let Some(view) = self.all.get_mut(&id) {
+            view.residency = Residency::Absent;
+            view.yielding = false;
+            if view.users > 0 {
+                self.wanted.insert(id);
+            }
+        }
+    }
+
+    /// The shard's memory is gone. Answers with adapters given up because their loads keep killing it.
+    pub(crate) fn epoch_lost(&mut self) -> Vec<AdapterId> {
+        self.serving = false;
+        self.by_handle.clear();
+        let mut deadly = Vec::new();
+        for (&id, view) in &mut self.all {
+            view.held = 0;
+            view.yielding = false;
+            let loading = matches!(view.residency, Residency::Loading { .. });
+            match view.residency {
+                Residency::Failed { .. } | Residency::Absent => continue,
+                Residency::Loading { .. } | Residency::Resident { .. } => {
+                    self.wanted.insert(id);
+                }
+                Residency::Unloading { .. } if view.users > 0 => {
+                    self.wanted.insert(id);
+                }
+                Residency::Unloading { .. } => {}
+            }
+            view.residency = Residency::Absent;
+            view.deadly_loads += u32::from(loading);
+            if view.deadly_loads >= DEADLY_LOADS {
+                let reason =
+                    format!("the shard died {DEADLY_LOADS} times while it loaded this adapter");
+                view.residency = Residency::Failed {
+                    fault: LoadFault::Unfit,
+                    reason,
+                };
+                view.deadly_loads = 0;
+                self.wanted.remove(&id);
+                deadly.push(id);
+            }
+        }
+        deadly
+    }
+
+    /// A new epoch holds nothing yet and has room for `capacity` bytes.
+    pub(crate) fn begin(&mut self, capacity: u64) {
+        self.capacity = capacity;
+        self.serving = true;
+    }
+
+    /// Bytes taken on the shard, loads and unloads under way included.
+    pub fn taken(&self) -> u64 {
+        let on_shard = |view: &&AdapterView| {
+            !matches!(view.residency, Residency::Absent | Residency::Failed { .. })
+        };
+        self.all
+            .values()
+            .filter(on_shard)
+            .map(|view| view.bytes)
+            .sum()
+    }
+
+    /// Whether `plan` could have anything to order.
+    pub(crate) fn restless(&self) -> bool {
+        self.serving && !(self.wanted.is_empty() && self.leaving.is_empty())
+    }
+
+    /// Orders what may be loaded and unloaded now. `oldest` says since when requests wait for each adapter.
+    /// Answers with adapters that can never fit.
+    pub(crate) fn plan(
+        &mut self,
+        now: Time,
+        oldest: &BTreeMap<AdapterId, Time>,
+        orders: &mut Vec<AdapterOrder>,
+    ) -> Vec<AdapterId> {
+        self.dismiss(orders);
+        let mut refused = Vec::new();
+        let mut queue: Vec<_> = self
+            .wanted
+            .iter()
+            .map(|&id| (oldest.get(&id).copied().unwrap_or(Time::MAX), id))
+            .collect();
+        queue.sort_unstable();
+        for (since, id) in queue {
+            if self.loading() >= LOADS_AT_ONCE {
+                break;
+            }
+            let Some(view) = self.all.get(&id) else {
+                self.wanted.remove(&id);
+                continue;
+            };
+            let (need, proven, users) = (view.bytes, view.digest.is_some(), view.users);
+            if self.taken().saturating_add(need) <= self.capacity {
+                self.load(id, orders);
+                continue;
+            }
+            let others_leave = self.make_room(need, orders);
+            if others_leave {
+                break;
+            }
+            if need > self.capacity || (!proven && users == 0) {
+                self.refuse(id, need);
+                refused.push(id);
+            } else if users == 0 {
+                // Nobody waits for it; the next request will ask again.
+                self.wanted.remove(&id);
+            } else {
+                self.rotate(now, since, need);
+                break;
+            }
+        }
+        if self.wanted.is_empty() {
+            self.all.values_mut().for_each(|view| view.yielding = false);
+        }
+        refused
+    }
+
+    /// Lets leaving adapters go once nobody uses them.
+    fn dismiss(&mut self, orders: &mut Vec<AdapterOrder>) {
+        let done: Vec<_> = self
+            .leaving
+            .iter()
+            .copied()
+            .filter(|id| {
+                self.all
+                    .get(id)
+                    .is_none_or(|view| view.users == 0 && view.held == 0)
+            })
+            .collect();
+        for id in done {
+            match self.all.get(&id).map(|view| view.residency.clone()) {
+                Some(Residency::Resident { .. }) => self.unload(id, orders),
+                Some(Residency::Loading { .. } | Residency::Unloading { .. }) => {}
+                _ => {
+                    self.all.remove(&id);
+                    self.wanted.remove(&id);
+                    self.leaving.remove(&id);
+                }
+            }
+        }
+    }
+
+    fn loading(&self) -> usize {
+        let loading = |view: &&AdapterView| matches!(view.residency, Residency::Loading { .. });
+        self.all.values().filter(loading).count()
+    }
+
+    fn load(&mut self, id: AdapterId, orders: &mut Vec<AdapterOrder>) {
+        self.wanted.remove(&id);
+        self.last_handle += 1;
+        let handle = self.last_handle;
+        if let Some(view) = self.all.get_mut(&id) {
+            view.residency = Residency::Loading { handle };
+            self.by_handle.insert(handle, id);
+            orders.push(AdapterOrder::Load {
+                adapter: id,
+                handle,
+            });
+        }
+    }
+
+    fn unload(&mut self, id: AdapterId, orders: &mut Vec<AdapterOrder>) {
+        if let Some(view) = self.all.get_mut(&id)
+            && let Residency::Resident { handle } = view.residency
+        {
+            view.residency = Residency::Unloading { handle };
+            orders.push(AdapterOrder::Unload { handle });
+        }
+    }
+
+    /// Evicts idle adapters, least recently used first, until `need` bytes will be free. Says whether they will.
+    fn make_room(&mut self, need: u64, orders: &mut Vec<AdapterOrder>) -> bool {
+        loop {
+            let staying: u64 = self
+                .all
+                .values()
+                .filter(|view| {
+                    matches!(
+                        view.residency,
+                        Residency::Loading { .. } | Residency::Resident { .. }
+                    )
+                })
+                .map(|view| view.bytes)
+                .sum();
+            if staying.saturating_add(need) <= self.capacity {
+                return true;
+            }
+            let idle = self
+                .all
+                .iter()
+                .filter(|(_, view)| matches!(view.residency, Residency::Resident { .. }))
+                .filter(|(_, view)| {
+                    !view.pinned && view.held == 0 && (view.users == 0 || view.yielding)
+                })
+                .min_by_key(|(_, view)| view.used_at)
+                .map(|(&id, _)| id);
+            match idle {
+                Some(id) => self.unload(id, orders),
+                None => return false,
+            }
+        }
+    }
+
+    /// Makes the adapter that has been resident longest yield its place, once somebody waited long enough for one.
+    fn rotate(&mut self, now: Time, since: Time, need: u64) {
+        let staying: u64 = self
+            .all
+            .values()
+            .filter(|view| !view.yielding)
+            .filter(|view| {
+                matches!(
+                    view.residency,
+                    Residency::Loading { .. } | Residency::Resident { .. }
+                )
+            })
+            .map(|view| view.bytes)
+            .sum();
+        let enough_yield = staying.saturating_add(need) <= self.capacity;
+        if enough_yield || now < since.saturating_add(ROTATION) {
+            return;
+        }
+        let longest = self
+            .all
+            .values_mut()
+            .filter(|view| matches!(view.residency, Residency::Resident { .. }))
+            .filter(|view| !view.pinned && !view.yielding && now >= view.resident_since + ROTATION)
+            .min_by_key(|view| view.resident_since);
+        if let Some(view) = longest {
+            view.yielding = true;
+        }
+    }
+
+    fn refuse(&mut self, id: AdapterId, need: u64) {
+        self.wanted.remove(&id);
+        let (taken, capacity) = (self.taken(), self.capacity);
+        if let Some(view) = self.all.get_mut(&id) {
+            let reason = format!(
+                "the adapter takes about {need} bytes, {taken} of {capacity} are taken by adapters in use; \
+                 unload one or give adapters more memory"
+            );
+            view.residency = Residency::Failed {
+                fault: LoadFault::NoRoom,
+                reason,
+            };
+        }
+    }
+
+    /// Checks users and holders against counts taken elsewhere; the text names the adapter and what disagrees.
+    pub(crate) fn audit(
+        &self,
+        users: &BTreeMap<AdapterId, u32>,
+        held: &BTreeMap<AdapterId, u32>,
+    ) -> Result<(), String> {
+        for (id, view) in &self.all {
+            let (open, on_shard) = (
+                users.get(id).copied().unwrap_or(0),
+                held.get(id).copied().unwrap_or(0),
+            );
+            if (view.users, view.held) != (open, on_shard) {
+                return Err(format!(
+                    "adapter {}: {} users and {} holders counted, {open} and {on_shard} exist",
+                    id.0, view.users, view.held
+                ));
+            }
+            if view.held > 0 && !matches!(view.residency, Residency::Resident { .. }) {
+                return Err(format!(
+                    "adapter {} left while {} sequences use it",
+                    id.0, view.held
+                ));
+            }
+        }
+        match users.keys().find(|id| !self.all.contains_key(id)) {
+            Some(id) => Err(format!("adapter {} is gone while requests use it", id.0)),
+            None => Ok(()),
+        }
+    }
+}

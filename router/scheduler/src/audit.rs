@@ -1,0 +1,102 @@
+//! The invariants, recomputed from scratch. Slow by design: tests call it at every step.
+
+use crate::{AdapterId, Scheduler};
+use std::collections::{BTreeMap, BTreeSet};
+
+impl Scheduler {
+    /// Checks everything that must hold between two calls; the text says what does not.
+    pub fn audit(&self) -> Result<(), String> {
+        self.pages.audit(
+            self.sequences
+                .values()
+                .map(|sequence| sequence.table.as_slice()),
+        )?;
+        self.audit_places()?;
+        let (mut users, mut held) = (BTreeMap::new(), BTreeMap::new());
+        for (id, sequence) in &self.sequences {
+            if let Some(adapter) = sequence.request.adapter {
+                *users.entry(adapter).or_default() += 1;
+                if self.running.contains(id) {
+                    *held.entry(adapter).or_default() += 1;
+                }
+            }
+        }
+        self.releasing()
+            .for_each(|adapter| *held.entry(adapter).or_default() += 1);
+        self.adapters.audit(&users, &held)?;
+        let open = self.fairness.open_requests();
+        if open != self.sequences.len() as u32 {
+            return Err(format!(
+                "{open} requests share the machine, {} are open",
+                self.sequences.len()
+            ));
+        }
+        let timed = self
+            .sequences
+            .iter()
+            .filter_map(|(&id, sequence)| Some((sequence.expires()?, id)));
+        if timed.collect::<BTreeSet<_>>() != self.deadlines {
+            return Err("the deadlines are not those of the open requests".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Adapters of released sequences that the shard may still hold.
+    fn releasing(&self) -> impl Iterator<Item = AdapterId> + '_ {
+        let epoch = self.epoch.as_ref();
+        let waiting = epoch.into_iter().flat_map(|epoch| &epoch.release);
+        let sent = epoch.and_then(|epoch| epoch.in_flight.as_ref()).into_iter();
+        waiting
+            .chain(sent.flat_map(|step| &step.released))
+            .filter_map(|released| released.adapter)
+    }
+
+    /// Every open request either runs or waits, and only running ones hold pages.
+    fn audit_places(&self) -> Result<(), String> {
+        let (mut waiting, mut tokens) = (0, 0);
+        for (&id, sequence) in &self.sequences {
+            let runs = self.running.contains(&id);
+            let waits = self
+                .queue
+                .contains(sequence.tenant, sequence.request.adapter, id);
+            if runs == waits {
+                return Err(format!("request {id} runs: {runs}, waits: {waits}"));
+            }
+            if waits {
+                waiting += 1;
+                tokens += sequence.request.prompt.len() as u64
+                    + u64::from(sequence.request.max_new_tokens);
+            }
+            if waits && !(sequence.table.is_empty() && sequence.computed == 0) {
+                return Err(format!(
+                    "request {id} waits and holds {} pages",
+                    sequence.table.len()
+                ));
+            }
+            if runs && sequence.computed >= sequence.journal.len() {
+                return Err(format!("request {id} has nothing left to compute"));
+            }
+            if sequence.preemptions > 3 {
+                return Err(format!(
+                    "request {id} was preempted {} times",
+                    sequence.preemptions
+                ));
+            }
+        }
+        if let Some(id) = self
+            .running
+            .iter()
+            .chain(&self.suspects)
+            .find(|id| !self.sequences.contains_key(id))
+        {
+            return Err(format!("request {id} is closed and still scheduled"));
+        }
+        if (waiting, tokens) != (self.queue.requests(), self.queue.tokens()) {
+            return Err(format!(
+                "{waiting} requests wait, {} are queued",
+                self.queue.requests()
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,293 @@
+//! What comes back: outcomes into journals, lost epochs into replays, loaded adapters into their requests.
+
+use crate::pages::Pages;
+use crate::step::{Acceptance, Event, Failure, Finish, Reply, Row, RowReply, Violation, What};
+use crate::{Epoch, Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
+
+/// A request that recovers fails when no token came for this long.
+const RECOVERY: Time = Time::from_secs(120);
+/// Deaths in a row, without a token in between, after which a sequence is replayed alone.
+const SUSPICIOUS: u32 = 2;
+/// Deaths in a row after which it is given up.
+const DEADLY: u32 = 3;
+
+/// Tokens per second, smoothed, for an honest `Retry-After`.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    tokens_per_second: f64,
+}
+
+impl Pace {
+    fn record(&mut self, tokens: u32, took: Time) {
+        let seconds = took.as_secs_f64();
+        if tokens > 0 && seconds > 0.0 {
+            let now = f64::from(tokens) / seconds;
+            let old = self.tokens_per_second;
+            self.tokens_per_second = if old == 0.0 {
+                now
+            } else {
+                0.95 * old + 0.05 * now
+            };
+        }
+    }
+
+    /// When `tokens` will have been computed, between 1 and 60 seconds.
+    pub(crate) fn retry_after(&self, tokens: u64) -> Time {
+        if self.tokens_per_second <= 0.0 {
+            return Time::from_secs(1);
+        }
+        let seconds = (tokens as f64 / self.tokens_per_second).ceil();
+        Time::from_secs(seconds.clamp(1.0, 60.0) as u64)
+    }
+}
+
+impl Scheduler {
+    /// Starts an epoch on empty shards. Requests that no longer fit its pool fail; all others are replayed.
+    pub fn begin_epoch(&mut self, now: Time, grant: Grant) {
+        if self.epoch.is_some() {
+            self.lose_epoch(now);
+        }
+        self.epoch = Some(Epoch {
+            number: grant.epoch,
+            steps: 0,
+            in_flight: None,
+            release: Vec::new(),
+        });
+        self.pages = Pages::new(grant.pages);
+        self.adapters.begin(grant.adapter_bytes);
+        self.model = grant.model;
+        let pool = grant.pages.saturating_mul(self.model.page_tokens);
+        let positions = match self.model.positions {
+            0 => u32::MAX,
+            positions => positions,
+        };
+        let limit = pool.min(positions).min(self.config.max_tokens);
+        self.limit = Some(limit);
+        self.queue.set_limits(QueueLimits {
+            requests: self.config.queue_requests,
+            tokens: match self.config.queue_tokens {
+                0 => 4 * u64::from(pool),
+                tokens => tokens,
+            },
+        });
+        let too_long: Vec<u64> = self
+            .sequences
+            .iter()
+            .filter(|(_, sequence)| sequence.journal.len() + sequence.unanswered() > limit)
+            .map(|(&id, _)| id)
+            .collect();
+        for id in too_long {
+            let text = format!(
+                "the server came back with room for {limit} tokens, fewer than this request needs"
+            );
+            self.fail(now, id, Failure::Unavailable(text));
+        }
+    }
+
+    /// The shards are gone with all they held. Running requests wait for replay from their journals; those that were
+    /// in flight are suspects, and one that was in flight alone at three deaths in a row is the culprit.
+    pub fn lose_epoch(&mut self, now: Time) {
+        let Some(epoch) = self.epoch.take() else {
+            return;
+        };
+        self.pages = Pages::default();
+        for id in std::mem::take(&mut self.running) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.table.clear();
+                sequence.computed = 0;
+                sequence.published = 0;
+                self.queue.push(waiting(id, sequence));
+                self.recover_by(id, Some(now + RECOVERY));
+            }
+        }
+        for id in self.adapters.epoch_lost() {
+            self.fail_adapter(now, id);
+        }
+        let rows = epoch.in_flight.map(|step| step.rows).unwrap_or_default();
+        for row in rows {
+            self.strike(now, row.sequence);
+        }
+    }
+
+    fn strike(&mut self, now: Time, id: u64) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        sequence.strikes += 1;
+        match sequence.strikes {
+            0..SUSPICIOUS => {}
+            SUSPICIOUS..DEADLY => {
+                self.suspects.insert(id);
+            }
+            _ => {
+                let text = "the model process died each time it computed this request; it is not tried again";
+                self.fail(now, id, Failure::Unavailable(text.to_owned()));
+            }
+        }
+    }
+
+    /// Takes an outcome. Journals grow before this returns, pages full of acknowledged tokens become findable.
+    pub fn commit(&mut self, now: Time, reply: &Reply) -> Result<Acceptance, Violation> {
+        let Some(epoch) = &mut self.epoch else {
+            return Ok(Acceptance::Stale);
+        };
+        let stale = reply.epoch != epoch.number;
+        #[cfg(feature = "planted-bugs")]
+        let stale = stale && self.planted != Some(crate::PlantedBug::AcceptStale);
+        let answered = epoch.steps - u64::from(epoch.in_flight.is_some());
+        if stale || reply.number <= answered {
+            return Ok(Acceptance::Stale);
+        }
+        let expected = epoch.steps;
+        if reply.number != expected {
+            let got = reply.number;
+            return Err(Violation::Number { got, expected });
+        }
+        // A violation leaves the step in flight: the end of the epoch will blame its rows.
+        if let Some(step) = &epoch.in_flight {
+            check(reply, &step.rows)?;
+        }
+        let Some(step) = epoch.in_flight.take() else {
+            return Ok(Acceptance::Stale);
+        };
+        for adapter in step.released.iter().filter_map(|released| released.adapter) {
+            self.adapters.unhold(adapter);
+        }
+        let tokens = step.rows.iter().map(|row| row.tokens).sum();
+        self.pace.record(tokens, now.saturating_sub(step.planned));
+        for (index, (row, answer)) in step.rows.iter().zip(&reply.rows).enumerate() {
+            self.commit_row(now, index, row, answer);
+        }
+        Ok(Acceptance::Committed)
+    }
+
+    fn commit_row(&mut self, now: Time, index: usize, row: &Row, answer: &RowReply) {
+        let id = row.sequence;
+        // Cancelled or failed while the step was in flight: its release is already on the way.
+        if !self.running.contains(&id) {
+            return;
+        }
+        let vocabulary = self.model.vocabulary;
+        let foreign = answer.tokens.iter().find(|&&token| token >= vocabulary);
+        if let Some(error) = &answer.error {
+            return self.fail(now, id, Failure::Row(error.clone()));
+        }
+        if let Some(token) = foreign {
+            let text =
+                format!("the model answered token {token}, outside its vocabulary of {vocabulary}");
+            return self.fail(now, id, Failure::Row(text));
+        }
+        self.publish(id, row.start + row.tokens);
+        for place in 0..answer.tokens.len() {
+            if self.commit_token(now, id, answer.tokens[place], (index, place)) {
+                return;
+            }
+        }
+    }
+
+    /// Appends a token to the journal; true when that completed the answer.
+    fn commit_token(
+        &mut self,
+        now: Time,
+        id: u64,
+        token: u32,
+        (row, place): (usize, usize),
+    ) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return true;
+        };
+        sequence.journal.commit(token);
+        let recovered = sequence.recover_by.is_some();
+        if std::mem::take(&mut sequence.strikes) > 0 {
+            self.suspects.remove(&id);
+        }
+        let finish = if sequence.request.end_tokens.contains(&token) {
+            Some(Finish::EndToken)
+        } else if sequence.unanswered() == 0 {
+            Some(Finish::Length)
+        } else {
+            None
+        };
+        if recovered {
+            self.recover_by(id, None);
+        }
+        let what = What::Token { row, place };
+        self.events.push(Event { request: id, what });
+        if let Some(finish) = finish {
+            self.close(now, id);
+            let what = What::Finished(finish);
+            self.events.push(Event { request: id, what });
+        }
+        finish.is_some()
+    }
+
+    /// The shard computed a sequence up to `computed`: offers its newly filled pages to the cache.
+    pub(crate) fn publish(&mut self, id: u64, computed: u32) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let width = self.model.page_tokens;
+        let (first, full) = (sequence.published, computed / width);
+        sequence.computed = computed;
+        sequence.published = full;
+        if full > first {
+            let keys = sequence.keys(full, width)[first as usize..].to_vec();
+            let pages = &sequence.table[first as usize..full as usize];
+            for (&page, key) in pages.iter().zip(keys) {
+                self.pages.publish(page, key);
+            }
+        }
+    }
+
+    /// A load succeeded with this content, taking `bytes` on the fullest rank.
+    ///
+    /// When the content is not what it was, answers begun under the old one cannot go on and fail.
+    pub fn adapter_loaded(&mut self, now: Time, handle: u64, digest: &str, bytes: u64) {
+        let Some((adapter, true)) = self.adapters.loaded(handle, digest, bytes, now) else {
+            return;
+        };
+        let begun: Vec<u64> = self
+            .sequences
+            .iter()
+            .filter(|(_, sequence)| sequence.request.adapter == Some(adapter))
+            .filter(|(_, sequence)| !sequence.journal.answer().is_empty())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in begun {
+            let text =
+                "the adapter's files changed while the answer was written; send the request again";
+            self.fail(now, id, Failure::Adapter(text.to_owned()));
+        }
+    }
+
+    /// A load failed; its waiting requests fail with it, unless more room may cure it.
+    pub fn adapter_load_failed(&mut self, now: Time, handle: u64, fault: LoadFault, reason: &str) {
+        if let Some(adapter) = self.adapters.load_failed(handle, fault, reason) {
+            self.fail_adapter(now, adapter);
+        }
+    }
+
+    /// An unload is done.
+    pub fn adapter_unloaded(&mut self, handle: u64) {
+        self.adapters.unloaded(handle);
+    }
+}
+
+fn check(reply: &Reply, rows: &[Row]) -> Result<(), Violation> {
+    let same = |(row, answer): (&Row, &RowReply)| row.sequence == answer.sequence;
+    if reply.rows.len() != rows.len() || !rows.iter().zip(&reply.rows).all(same) {
+        return Err(Violation::Rows {
+            number: reply.number,
+        });
+    }
+    for (row, answer) in rows.iter().zip(&reply.rows) {
+        if answer.error.is_none() && row.sample == answer.tokens.is_empty() {
+            return Err(Violation::Tokens {
+                sequence: row.sequence,
+                got: answer.tokens.len(),
+                asked: row.sample,
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,301 @@
+//! Planning a step: running sequences first, then prompts, within one budget of tokens and one pool of pages.
+
+use crate::budget::Draft;
+use crate::prefix::Key;
+use crate::sequence::Sequence;
+use crate::step::{Admission, Event, Failure, Row, Step, What};
+use crate::{AdapterId, AdapterOrder, InFlight, Scheduler, Time, waiting};
+
+/// A request is admitted with room for this many tokens of its answer, so that it is not preempted at once.
+const HEADROOM_TOKENS: u32 = 128;
+/// After so many preemptions a request comes back only with all pages it can ever need, and never gives way again.
+const PREEMPTIONS: u32 = 3;
+
+impl Scheduler {
+    /// What adapters have to be loaded and unloaded now.
+    pub fn plan_adapters(&mut self, now: Time) -> Vec<AdapterOrder> {
+        let mut orders = Vec::new();
+        if !self.adapters.restless() {
+            return orders;
+        }
+        let oldest = self.queue.oldest_by_adapter();
+        for id in self.adapters.plan(now, &oldest, &mut orders) {
+            self.fail_adapter(now, id);
+        }
+        orders
+    }
+
+    /// The next step, if there is something to say and none in flight. Requests out of time fail first.
+    pub fn plan(&mut self, now: Time) -> Option<Step> {
+        self.expire(now);
+        let epoch = self.epoch.as_ref()?;
+        if epoch.in_flight.is_some() {
+            return None;
+        }
+        let mut draft = Draft::new(self.config.step_tokens, self.config.step_rows);
+        let mut admit = Vec::new();
+        match self.suspects.first().copied() {
+            Some(suspect) => self.plan_alone(now, suspect, &mut draft, &mut admit),
+            None => {
+                self.plan_running(&mut draft);
+                self.plan_waiting(now, &mut draft, &mut admit);
+            }
+        }
+        self.send(now, draft.finish(), admit)
+    }
+
+    fn send(&mut self, now: Time, rows: Vec<Row>, admit: Vec<Admission>) -> Option<Step> {
+        for row in &rows {
+            if let Some(sequence) = self.sequences.get(&row.sequence) {
+                self.fairness
+                    .charge(sequence.tenant, sequence.request.adapter, row.tokens);
+            }
+        }
+        let epoch = self.epoch.as_mut()?;
+        if rows.is_empty() && epoch.release.is_empty() {
+            return None;
+        }
+        let released = std::mem::take(&mut epoch.release);
+        epoch.steps += 1;
+        let step = Step {
+            epoch: epoch.number,
+            number: epoch.steps,
+            release: released.iter().map(|released| released.sequence).collect(),
+            admit,
+            rows: rows.clone(),
+        };
+        epoch.in_flight = Some(InFlight {
+            rows,
+            released,
+            planned: now,
+        });
+        #[cfg(feature = "planted-bugs")]
+        if self.has(crate::PlantedBug::PublishUnacked) {
+            step.rows
+                .iter()
+                .for_each(|row| self.publish(row.sequence, row.start + row.tokens));
+        }
+        Some(step)
+    }
+
+    fn expire(&mut self, now: Time) {
+        while let Some(&(at, id)) = self.deadlines.first() {
+            if at > now {
+                return;
+            }
+            let deadline = self
+                .sequences
+                .get(&id)
+                .and_then(|sequence| sequence.request.deadline);
+            let failure = if deadline.is_some_and(|deadline| deadline <= now) {
+                Failure::Deadline
+            } else {
+                Failure::Unavailable(
+                    "the model did not recover in time; send the request again".to_owned(),
+                )
+            };
+            self.fail(now, id, failure);
+        }
+    }
+
+    /// A suspect goes alone until it gets a token: if the shard dies again, it was this one.
+    fn plan_alone(
+        &mut self,
+        now: Time,
+        suspect: u64,
+        draft: &mut Draft,
+        admit: &mut Vec<Admission>,
+    ) {
+        if self.running.contains(&suspect) {
+            self.grow(suspect);
+            self.continue_row(suspect, draft);
+            return;
+        }
+        let adapter = self
+            .sequences
+            .get(&suspect)
+            .and_then(|sequence| sequence.request.adapter);
+        if adapter.is_some_and(|id| !self.adapters.usable(id)) {
+            return;
+        }
+        if !self.admit(now, suspect, draft, admit) {
+            // Nobody else makes progress meanwhile, so whoever holds pages has to give way.
+            let others: Vec<u64> = self.running.iter().copied().collect();
+            others.into_iter().for_each(|id| self.preempt(id, 0));
+            self.admit(now, suspect, draft, admit);
+        }
+    }
+
+    /// Decoding rows first, oldest first, then unfinished prompts.
+    fn plan_running(&mut self, draft: &mut Draft) {
+        let running: Vec<u64> = self.running.iter().copied().collect();
+        let (mut decoding, mut prompts) = (Vec::with_capacity(running.len()), Vec::new());
+        for id in running {
+            match self.sequences.get(&id).map(Sequence::remaining) {
+                Some(1) => decoding.push(id),
+                Some(_) => prompts.push(id),
+                None => {}
+            }
+        }
+        for id in decoding.into_iter().chain(prompts) {
+            // An older sequence may have taken its pages just now.
+            if self.running.contains(&id) && self.grow(id) && draft.has_room() {
+                self.continue_row(id, draft);
+            }
+        }
+    }
+
+    /// Adds a row for a running sequence; its new page, if any, is the last of its table.
+    fn continue_row(&mut self, id: u64, draft: &mut Draft) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let sent = std::mem::replace(&mut sequence.sent, sequence.table.len() as u32);
+        let pages = sequence.table[sent as usize..].to_vec();
+        draft.add(id, sequence.computed, sequence.remaining(), pages);
+    }
+
+    /// Gives a running sequence pages for every known token; the youngest give way, itself included. False when it did.
+    fn grow(&mut self, id: u64) -> bool {
+        loop {
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                return false;
+            };
+            let need = sequence.journal.len().div_ceil(self.model.page_tokens);
+            if sequence.table.len() as u32 >= need {
+                return true;
+            }
+            if let Some(page) = self.pages.take() {
+                sequence.table.push(page);
+                continue;
+            }
+            let may_give_way = |id: &&u64| {
+                self.sequences
+                    .get(id)
+                    .is_some_and(|other| other.preemptions < PREEMPTIONS)
+            };
+            let Some(&youngest) = self.running.iter().rev().find(may_give_way) else {
+                return false;
+            };
+            self.preempt(youngest, 1);
+            if youngest == id {
+                return false;
+            }
+        }
+    }
+
+    /// Takes a running sequence off the shard; it is replayed when there is room.
+    fn preempt(&mut self, id: u64, counts: u32) {
+        self.withdraw(id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.preemptions += counts;
+            self.queue.push(waiting(id, sequence));
+        }
+    }
+
+    fn plan_waiting(&mut self, now: Time, draft: &mut Draft, admit: &mut Vec<Admission>) {
+        // Every running sequence needs a row and a token in each step.
+        let most = self.config.step_rows.min(self.config.step_tokens) as usize;
+        while draft.has_room() && self.running.len() < most {
+            let adapters = &self.adapters;
+            let usable = |id: Option<AdapterId>| id.is_none_or(|id| adapters.usable(id));
+            let Some(id) = self.queue.next(&self.fairness, now, usable) else {
+                return;
+            };
+            // Whoever is next waits for pages and nobody overtakes, or the large would starve.
+            if !self.admit(now, id, draft, admit) {
+                return;
+            }
+        }
+    }
+
+    /// Moves a waiting request to the shard if its pages fit; shared ones are found in the prefix cache.
+    fn admit(&mut self, now: Time, id: u64, draft: &mut Draft, admit: &mut Vec<Admission>) -> bool {
+        let alone = self.running.is_empty();
+        let width = self.model.page_tokens;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return false;
+        };
+        let (handle, digest) = match sequence
+            .request
+            .adapter
+            .map(|id| self.adapters.resident(id))
+        {
+            None => (0, ""),
+            Some(Some(resident)) => resident,
+            Some(None) => return false,
+        };
+        #[cfg(feature = "planted-bugs")]
+        let digest = match self.planted {
+            Some(crate::PlantedBug::KeyWithoutAdapter) => "",
+            _ => digest,
+        };
+        let salt = match self.config.share_prefixes {
+            true => "",
+            false => &*sequence.request.tenant,
+        };
+        let root = Key::root(&self.model.digest, digest, salt);
+        sequence.set_root(root);
+        let known = sequence.journal.len();
+        let mut table = Vec::new();
+        if sequence.request.reuse_prefix {
+            // The last token is always computed: its logits are what the row is for.
+            table = self.pages.find(sequence.keys((known - 1) / width, width));
+        }
+        let shared = table.len() as u32;
+        let whole = known + sequence.unanswered();
+        let (target, headroom) = if sequence.preemptions >= PREEMPTIONS {
+            (whole.div_ceil(width), 0)
+        } else if alone {
+            (known.div_ceil(width), 0)
+        } else {
+            let roomy = (known + HEADROOM_TOKENS).min(whole).div_ceil(width);
+            let target = known.div_ceil(width);
+            (target, roomy - target)
+        };
+        let available = self.pages.available() - self.pages.idle_among(&table);
+        if target - shared + headroom > available {
+            return false;
+        }
+        table.iter().for_each(|&page| self.pages.share(page));
+        table.extend((shared..target).map_while(|_| self.pages.take()));
+        self.queue.remove(waiting(id, sequence));
+        sequence.table = table;
+        sequence.computed = shared * width;
+        sequence.published = shared;
+        sequence.sent = 0;
+        if !sequence.started {
+            sequence.started = true;
+            let what = What::Started {
+                queued: now.saturating_sub(sequence.submitted),
+                cached_tokens: shared * width,
+            };
+            self.events.push(Event { request: id, what });
+        }
+        if let Some(adapter) = sequence.request.adapter {
+            self.adapters.hold(adapter);
+        }
+        self.running.insert(id);
+        admit.push(Admission {
+            sequence: id,
+            adapter: handle,
+        });
+        self.continue_row(id, draft);
+        true
+    }
+
+    /// Ends every request of an adapter whose load failed for good.
+    pub(crate) fn fail_adapter(&mut self, now: Time, adapter: AdapterId) {
+        let reason = match self.adapters.get(adapter).map(|view| &view.residency) {
+            Some(crate::Residency::Failed { reason, .. }) => reason.clone(),
+            _ => return,
+        };
+        let of_it = |(&id, sequence): (&u64, &Sequence)| {
+            (sequence.request.adapter == Some(adapter)).then_some(id)
+        };
+        let open: Vec<u64> = self.sequences.iter().filter_map(of_it).collect();
+        for id in open {
+            self.fail(now, id, Failure::Adapter(reason.clone()));
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! One request from admission to its end: what it asked for, its journal, and what the shard holds of it.
+
+use crate::AdapterId;
+use crate::Time;
+use crate::prefix::Key;
+use std::sync::Arc;
+
+/// What a request asks of the scheduler; how tokens are sampled is none of its business.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Token ids, at least one.
+    pub prompt: Arc<[u32]>,
+    /// `None` is the base model.
+    pub adapter: Option<AdapterId>,
+    /// Most tokens of the answer, at least one.
+    pub max_new_tokens: u32,
+    /// Ids that end the answer.
+    pub end_tokens: Arc<[u32]>,
+    /// Whose share it spends.
+    pub tenant: Arc<str>,
+    /// Fails after this moment.
+    pub deadline: Option<Time>,
+    /// Whether it may start from pages of earlier prompts.
+    pub reuse_prefix: bool,
+}
+
+/// Prompt and committed answer: all that is needed to continue anywhere. It only grows.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    prompt: Arc<[u32]>,
+    answer: Vec<u32>,
+}
+
+impl Journal {
+    /// A journal without an answer.
+    pub fn new(prompt: Arc<[u32]>) -> Self {
+        Self {
+            prompt,
+            answer: Vec::new(),
+        }
+    }
+
+    /// The prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+
+    /// The committed answer.
+    pub fn answer(&self) -> &[u32] {
+        &self.answer
+    }
+
+    /// Tokens of both.
+    pub fn len(&self) -> u32 {
+        (self.prompt.len() + self.answer.len()) as u32
+    }
+
+    /// Whether it holds nothing; never true for an admitted request.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens from position `start` on, `count` at most.
+    pub fn tokens(&self, start: usize, count: usize) -> impl Iterator<Item = u32> + '_ {
+        let split = start.min(self.prompt.len());
+        let answered = start - split;
+        let rest = &self.answer[answered.min(self.answer.len())..];
+        self.prompt[split..].iter().chain(rest).copied().take(count)
+    }
+
+    /// Commits one token.
+    pub(crate) fn commit(&mut self, token: u32) {
+        self.answer.push(token);
+    }
+}
+
+/// An open request.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(crate) request: Request,
+    pub(crate) journal: Journal,
+    pub(crate) tenant: u32,
+    pub(crate) submitted: Time,
+    pub(crate) started: bool,
+    /// Pages on the shard, in the order of positions.
+    pub(crate) table: Vec<u32>,
+    /// Tokens that lie in those pages, by the shard's own word.
+    pub(crate) computed: u32,
+    /// Pages of the table that the shard was told of.
+    pub(crate) sent: u32,
+    /// Pages whose keys were offered to the cache.
+    pub(crate) published: u32,
+    /// Keys of the journal's full pages, as far as they were needed.
+    keys: Vec<Key>,
+    root: Option<Key>,
+    /// Times it gave way to an older request.
+    pub(crate) preemptions: u32,
+    /// Deaths of the shard in a row while a row of it was in flight, without a token in between.
+    pub(crate) strikes: u32,
+    /// Fails after this moment unless a token comes; set while it recovers from a lost epoch.
+    pub(crate) recover_by: Option<Time>,
+}
+
+impl Sequence {
+    pub(crate) fn new(request: Request, tenant: u32, now: Time) -> Self {
+        Self {
+            journal: Journal::new(request.prompt.clone()),
+            request,
+            tenant,
+            submitted: now,
+            started: false,
+            table: Vec::new(),
+            computed: 0,
+            sent: 0,
+            published: 0,
+            keys: Vec::new(),
+            root: None,
+            preemptions: 0,
+            strikes: 0,
+            recover_by: None,
+        }
+    }
+
+    /// Tokens known and not computed, at least one for an open request.
+    pub(crate) fn remaining(&self) -> u32 {
+        self.journal.len() - self.computed
+    }
+
+    /// Tokens that the answer may still get.
+    pub(crate) fn unanswered(&self) -> u32 {
+        self.request.max_new_tokens - self.journal.answer().len() as u32
+    }
+
+    /// Says under which root its pages are written; another root (a new digest of the adapter) starts the keys over.
+    pub(crate) fn set_root(&mut self, root: Key) {
+        if self.root != Some(root) {
+            self.root = Some(root);
+            self.keys.clear();
+        }
+    }
+
+    /// Keys of the first `count` pages; none before the root is set.
+    pub(crate) fn keys(&mut self, count: u32, page_tokens: u32) -> &[Key] {
+        let Some(root) = self.root else {
+            return &[];
+        };
+        let width = page_tokens as usize;
+        while self.keys.len() < count as usize {
+            let parent = *self.keys.last().unwrap_or(&root);
+            let page = self.journal.tokens(self.keys.len() * width, width);
+            self.keys.push(parent.then(page));
+        }
+        &self.keys[..count as usize]
+    }
+
+    /// The earliest moment at which it fails by time alone.
+    pub(crate) fn expires(&self) -> Option<Time> {
+        [self.request.deadline, self.recover_by]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_reads_across_the_border_of_prompt_and_answer() {
+        let mut journal = Journal::new(Arc::from([1, 2, 3]));
+        journal.commit(4);
+        journal.commit(5);
+        assert_eq!(journal.tokens(0, 9).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+        assert_eq!(journal.tokens(2, 2).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(journal.tokens(4, 2).collect::<Vec<_>>(), [5]);
+        assert_eq!(journal.len(), 5);
+    }
+
+    #[test]
+    fn keys_grow_with_the_journal_and_follow_the_root() {
+        let request = Request {
+            prompt: Arc::from([1, 2, 3]),
+            adapter: None,
+            max_new_tokens: 8,
+            end_tokens: Arc::from([]),
+            tenant: Arc::from("t"),
+            deadline: None,
+            reuse_prefix: true,
+        };
+        let mut sequence = Sequence::new(request, 0, Time::ZERO);
+        let (a, b) = (Key::root("m", "a", ""), Key::root("m", "b", ""));
+        sequence.set_root(a);
+        let first = sequence.keys(1, 2)[0];
+        sequence.journal.commit(4);
+        assert_eq!(sequence.keys(2, 2)[0], first);
+        assert_eq!(sequence.keys(2, 2)[1], first.then([3, 4].into_iter()));
+        sequence.set_root(b);
+        assert_ne!(sequence.keys(1, 2)[0], first);
+    }
+}
