@@ -1,0 +1,136 @@
+"""A router in a hundred lines: engines of a group kept in step, and sequences driven through them with pages and chunks."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from kvrun.dist import Group
+from kvrun.engine.engine import Engine
+from kvrun.engine.memory import MemoryBudget
+from kvrun.engine.sampling import Sampling
+from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
+from kvrun.lora.adapter import Adapter
+from kvrun.nn.build import load_model
+
+PAGE_TOKENS, PAGES, STEP_TOKENS, SEQUENCES = 4, 600, 512, 64
+
+
+class Ranks:
+    """The engines of one group, each on a thread of its own, given the same calls; rank 0 answers."""
+
+    def __init__(self, folder: Path, world: int = 1, rendezvous: Path | None = None, dtype: str = "float32") -> None:
+        self._threads = ThreadPoolExecutor(world)
+        self.world = world
+
+        def load(rank: int) -> Engine:
+            torch.set_num_threads(1)
+            group = Group.join(rendezvous, rank, world, timeout_s=60) if world > 1 else Group.single()
+            return Engine(load_model(folder, dtype=dtype, group=group), group, MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS)
+
+        self.engines = list(self._threads.map(load, range(world)))
+        self.each(lambda engine: engine.warm())
+
+    def each(self, call: Callable[[Engine], object]) -> list:
+        """What the call returns on every rank, run on all of them at once."""
+        return list(self._threads.map(call, self.engines))
+
+    def reserve(self, pages: int = PAGES, adapter_bytes: int = 0) -> None:
+        """Forget everything."""
+        self.each(lambda engine: engine.reserve(pages, STEP_TOKENS, SEQUENCES, adapter_bytes))
+
+    def load(self, handle: int, path: Path) -> Adapter:
+        """Load an adapter on every rank."""
+        return self.each(lambda engine: engine.adapters.load(handle, path.name, str(path)))[0]
+
+    def step(self, step: Step) -> Outcome:
+        """Run a step on every rank; the others must have nothing to say."""
+        first, *others = self.each(lambda engine: engine.step(step))
+        assert all(other.number == step.number and not other.rows for other in others)
+        return first
+
+
+class Driver:
+    """Follows sequences from admission to release."""
+
+    def __init__(self, step: Callable[[Step], Outcome], pages: int = PAGES, page_tokens: int = PAGE_TOKENS) -> None:
+        self._step = step
+        self._page_tokens = page_tokens
+        # Scattered pages: an engine that took a sequence's pages to be adjacent would be seen.
+        self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
+        self.number = 0
+        self.answers: dict[int, list[int]] = {}
+        self.details: dict[int, list] = {}  # every TokenLogprob of a sequence
+        self.prompts: dict[int, list] = {}  # log-probabilities of its prompt
+        self.errors: dict[int, str] = {}
+        self._computed: dict[int, int] = {}
+        self._known: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
+        self._pages: dict[int, list[int]] = {}
+        self._admit: list[Admit] = []
+        self._release: list[int] = []
+
+    def add(
+        self,
+        sequence: int,
+        prompt: Sequence[int],
+        count: int,
+        sampling: Sampling | None = None,
+        adapter: int = 0,
+        committed: Sequence[int] = (),
+    ) -> None:
+        """Admit a sequence with the next step; it is released after `count` answer tokens, the committed ones among them."""
+        self._admit.append(Admit(sequence, [*prompt, *committed], len(prompt), sampling or Sampling(), adapter))
+        self.answers[sequence], self.details[sequence], self.prompts[sequence] = list(committed), [], []
+        self._computed[sequence], self._known[sequence], self._pages[sequence] = 0, len(prompt) + len(committed), []
+        self._wanted[sequence] = count
+
+    def release(self, sequence: int) -> None:
+        """Forget a sequence with the next step; its pages are free for that very step."""
+        self._release.append(sequence)
+        self.free.extend(self._pages.pop(sequence))
+        del self._wanted[sequence]
+
+    @property
+    def running(self) -> list[int]:
+        """The sequences that are not released."""
+        return list(self._wanted)
+
+    def row(self, sequence: int, chunk: int = STEP_TOKENS, drafts: Sequence[int] = ()) -> Row:
+        """The next row of a sequence: at most `chunk` known tokens, then drafts; pages are taken for it."""
+        start, known = self._computed[sequence], self._known[sequence]
+        end = min(known, start + chunk)
+        sample = end == known
+        drafts = list(drafts) if sample else []
+        pages = self._pages[sequence]
+        held = len(pages)
+        while len(pages) * self._page_tokens < end + len(drafts):
+            pages.append(self.free.pop())
+        return Row(sequence, start, end - start + len(drafts), pages[held:], sample, drafts)
+
+    def turn(self, rows: Sequence[Row] | None = None, chunk: int = STEP_TOKENS) -> list[RowOutcome]:
+        """Run one step over the rows given, or over one of each running sequence, and take in what it says."""
+        rows = [self.row(sequence, chunk) for sequence in self.running] if rows is None else rows
+        self.number += 1
+        step = Step(self.number, self._release, self._admit, rows)
+        self._release, self._admit = [], []
+        outcome = self._step(step)
+        assert outcome.number == self.number and [r.sequence for r in outcome.rows] == [r.sequence for r in rows]
+        for row, said in zip(rows, outcome.rows, strict=True):
+            sequence, ids = row.sequence, [token.id for token in said.tokens]
+            self.prompts[sequence] += said.prompt
+            self.details[sequence] += said.tokens
+            self.answers[sequence] += ids
+            self._computed[sequence] = row.start + row.tokens - (len(row.drafts) - len(ids) + 1 if row.sample else 0)
+            self._known[sequence] += len(ids)
+            if said.error:
+                self.errors[sequence] = said.error
+            if said.error or len(self.answers[sequence]) >= self._wanted[sequence]:
+                self.release(sequence)
+        return list(outcome.rows)
+
+    def run(self, chunk: int = STEP_TOKENS) -> dict[int, list[int]]:
+        """Turn until nothing runs; the answers, cut to what was wanted."""
+        while self.running:
+            self.turn(chunk=chunk)
+        return self.answers
