@@ -144,6 +144,8 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
         args.word("--allow-dynamic-lora");
     }
     let sizes = [
+        ("--prometheus-port", settings.prometheus_port.map(u32::from)),
+        ("--request-timeout", Some(limits.request_timeout)),
         (
             "--max-concurrent-requests",
             Some(limits.max_concurrent_requests),
@@ -175,6 +177,9 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
         }
     }
     args.flag("--payload-limit", limits.payload_limit.to_string());
+    if limits.share_prefix_cache {
+        args.word("--share-prefix-cache");
+    }
     if !settings.cors_allow_origin.is_empty() {
         args.flag("--cors-allow-origin", settings.cors_allow_origin.join(","));
     }

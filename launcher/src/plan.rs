@@ -153,18 +153,16 @@ impl Budget {
     }
 }
 
+/// The named adapters, with room for what a shard adds (a matrix that feeds several linears is held by each of them),
+/// and room for more of them where clients may load some.
 fn default_adapter_bytes(settings: &Settings, inspection: &Inspection) -> u64 {
-    let named: u64 = inspection
-        .adapters
-        .iter()
-        .map(|adapter| adapter.bytes)
-        .sum();
-    named
-        + if settings.allow_dynamic_lora {
-            named.max(DYNAMIC_ADAPTER_BYTES)
-        } else {
-            0
-        }
+    let sizes = inspection.adapters.iter().map(|adapter| adapter.bytes);
+    let named: u64 = sizes.map(|bytes| bytes + bytes / 4).sum();
+    let more = match settings.allow_dynamic_lora || settings.lora_dir.is_some() {
+        true => named.max(DYNAMIC_ADAPTER_BYTES),
+        false => 0,
+    };
+    named + more + MIB
 }
 
 fn size_kv_cache(

@@ -29,6 +29,7 @@ pub struct Settings {
     pub limits: Limits,
     pub hostname: String,
     pub port: u16,
+    pub prometheus_port: Option<u16>,
     pub cors_allow_origin: Vec<String>,
     pub api_key: Option<Secret>,
     pub api_key_file: Option<PathBuf>,
@@ -65,11 +66,6 @@ impl Settings {
             .or_else(|| environment.get("LORA_ADAPTERS"))
             .unwrap_or_default();
         let adapters = adapters::parse(&list, |path| Path::new(path).is_dir())?;
-        if model.allow_dynamic_lora && model.lora_dir.is_none() {
-            return Err(Failure::config(
-                "--allow-dynamic-lora lets clients load adapters, so it needs --lora-dir, the folder they may load from",
-            ));
-        }
         if let Some(missing) = model.lora_dir.as_ref().filter(|path| !path.is_dir()) {
             return Err(Failure::config(format!(
                 "--lora-dir {}: there is no such folder",
@@ -128,6 +124,7 @@ impl Settings {
             limits,
             hostname,
             port: network.port,
+            prometheus_port: network.prometheus_port,
             cors_allow_origin: network.cors_allow_origin,
             api_key: network.api_key,
             api_key_file: network.api_key_file,

@@ -135,7 +135,6 @@ fn what_would_change_the_service_is_refused_with_its_reason() {
             ["--tokenizer-config-path=x", "--model-id=m"],
             "tokenizer_config.json",
         ),
-        (["--allow-dynamic-lora", "--model-id=m"], "--lora-dir"),
         (
             ["--lora-dir=/no/such/folder", "--model-id=m"],
             "/no/such/folder",

@@ -182,7 +182,7 @@ fn count(number: u64) -> String {
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let cut = |(index, digit): (usize, char)| {
-        let comma = index > 0 && (digits.len() - index) % 3 == 0;
+        let comma = index > 0 && (digits.len() - index).is_multiple_of(3);
         [comma.then_some(','), Some(digit)]
     };
     digits.chars().enumerate().flat_map(cut).flatten().collect()

@@ -39,8 +39,6 @@ pub struct Compat {
     waiting_served_ratio: Option<f32>,
     #[arg(long, env, hide = true)]
     max_waiting_tokens: Option<u32>,
-    #[arg(long, env, hide = true)]
-    prometheus_port: Option<u32>,
     #[arg(long, env, hide = true, value_parser = FalseyValueParser::new())]
     ngrok: bool,
     #[arg(long, env, hide = true, hide_env_values = true)]
@@ -135,11 +133,6 @@ impl Compat {
                 self.waiting_served_ratio.is_some() || self.max_waiting_tokens.is_some(),
                 "--waiting-served-ratio, --max-waiting-tokens",
                 "every step has one budget of tokens, so nothing waits for a ratio",
-            ),
-            accepted(
-                self.prometheus_port.is_some(),
-                "--prometheus-port",
-                "metrics are served at /metrics of the main port",
             ),
             refused(
                 self.ngrok || self.ngrok_authtoken.is_some() || self.ngrok_edge.is_some(),

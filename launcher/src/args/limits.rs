@@ -50,6 +50,14 @@ pub struct Limits {
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_batch_total_tokens: Option<u32>,
 
+    /// Longest time of a request, in seconds
+    #[arg(long, env, default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    pub request_timeout: u32,
+
+    /// Let API keys share cached prefixes with each other
+    #[arg(long, env, value_parser = clap::builder::FalseyValueParser::new())]
+    pub share_prefix_cache: bool,
+
     /// Most sequences in one step [default: chosen by the router]
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_batch_size: Option<u32>,

@@ -32,7 +32,7 @@ pub struct Model {
     #[arg(long, env, hide_env_values = true)]
     pub lora_dir: Option<PathBuf>,
 
-    /// Let clients load adapters over HTTP, from --lora-dir
+    /// Let clients have adapters downloaded from the hub and loaded
     #[arg(long, env, value_parser = FalseyValueParser::new())]
     pub allow_dynamic_lora: bool,
 

@@ -21,6 +21,10 @@ pub struct Network {
     #[arg(long, short, env, default_value_t = 3000)]
     pub port: u16,
 
+    /// Port for /metrics alone, beside the main one, which serves it too
+    #[arg(long, env)]
+    pub prometheus_port: Option<u16>,
+
     /// Origins that browsers may call from; repeat the flag or write a comma list
     #[arg(long, env, value_delimiter = ',')]
     pub cors_allow_origin: Vec<String>,
