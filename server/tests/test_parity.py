@@ -1,7 +1,6 @@
 """Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one, two and three ranks."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import kvrun_kernels
 import pytest
@@ -9,10 +8,11 @@ import torch
 from kvrun import models
 from kvrun.spec import Layer, Model, Parallel, Residual
 from ragged import Runner, ranks
-from tiny import ROWS, VOCABULARY, oracle, write_checkpoint
+from tiny import ROWS, VOCABULARY, oracle
 
 NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
+TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
 
@@ -33,19 +33,6 @@ def groups(tmp_path_factory):
     at = tmp_path_factory.mktemp("rendezvous")
     with ranks(1, at / "1") as one, ranks(2, at / "2") as two, ranks(3, at / "3") as three:
         yield {1: one, 2: two, 3: three}
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """row -> its folder, written once."""
-    written: dict[str, Path] = {}
-
-    def folder(row: str) -> Path:
-        if row not in written:
-            written[row] = write_checkpoint(row, tmp_path_factory.mktemp(row))
-        return written[row]
-
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +73,10 @@ def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world,
     assert len({token for answer in answers for token in answer}) > 20, "the answers are too monotonous to prove anything"
     # A greedy answer is one whose every token is the likeliest after all before it, which one pass over it shows.
     for prompt, answer, logits in zip(asked, answers, oracle(checkpoint(row), [p + a for p, a in zip(asked, answers)])):
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+        scores = logits[len(prompt) - 1 : -1]
+        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        # Of 40,000 tokens in all, one or the other is a tie to within rounding; both sides of it are right.
+        assert ((scores.max(-1).values - chosen) / scores.std()).max() < TIE
 
 
 @pytest.mark.parametrize("world", [1, 2])

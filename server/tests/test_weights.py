@@ -27,23 +27,10 @@ from tiny import ROWS, oracle, write_checkpoint
 PROMPT = [5, 17, 99, 200, 3, 44, 7, 8, 120, 33]
 
 
-@pytest.fixture(scope="session")
-def original(tmp_path_factory) -> Callable[[str], Path]:
-    """row -> a folder that must not be written to."""
-    written: dict[str, Path] = {}
-
-    def folder(row: str) -> Path:
-        if row not in written:
-            written[row] = write_checkpoint(row, tmp_path_factory.mktemp(row))
-        return written[row]
-
-    return folder
-
-
 @pytest.fixture
-def copy(original, tmp_path) -> Callable[[str], Path]:
+def copy(checkpoint, tmp_path) -> Callable[[str], Path]:
     """row -> a folder of this test's own."""
-    return lambda row: Path(shutil.copytree(original(row), tmp_path / row))
+    return lambda row: Path(shutil.copytree(checkpoint(row), tmp_path / row))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -107,8 +94,8 @@ def test_merging_keeps_the_indices_and_their_order(lengths):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("row", ROWS)
-def test_sources_say_which_rows_and_columns_of_the_checkpoint_a_linear_holds(row, world, original):
-    folder = original(row)
+def test_sources_say_which_rows_and_columns_of_the_checkpoint_a_linear_holds(row, world, checkpoint):
+    folder = checkpoint(row)
     tensors, transposed = load_file(folder / "model.safetensors"), ROWS[row][0] == "gpt2"
     for rank in range(world):
         loaded = load_model(folder, dtype="float32", group=Alone(rank, world))
@@ -130,15 +117,15 @@ def test_sources_say_which_rows_and_columns_of_the_checkpoint_a_linear_holds(row
             assert (bias is not None) == (has_bias and (linear.role == "column" or rank == 0))
 
 
-def test_more_ranks_than_heads_are_refused_with_the_count_that_would_do(original):
+def test_more_ranks_than_heads_are_refused_with_the_count_that_would_do(checkpoint):
     with pytest.raises(Unsupported, match="4 attention heads cannot be split over 5 ranks; use at most 4"):
-        load_model(original("llama"), group=Alone(0, 5))
+        load_model(checkpoint("llama"), group=Alone(0, 5))
 
 
-def test_a_checkpoint_in_several_files_loads_like_one(original, tmp_path):
+def test_a_checkpoint_in_several_files_loads_like_one(checkpoint, tmp_path):
     folder = write_checkpoint("llama", tmp_path / "sharded", max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("*.safetensors"))) > 2
-    assert torch.equal(logits(folder), logits(original("llama")))
+    assert torch.equal(logits(folder), logits(checkpoint("llama")))
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -223,10 +210,10 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy):
         ("falcon40b", {"transformer.h.0.self_attention.rotary_emb.inv_freq": torch.ones(8)}),
     ],
 )
-def test_known_leftovers_are_ignored(row, extra, copy, original):
+def test_known_leftovers_are_ignored(row, extra, copy, checkpoint):
     folder = copy(row)
     rewrite(folder, lambda tensors: {**tensors, **extra})
-    assert torch.equal(logits(folder), logits(original(row)))
+    assert torch.equal(logits(folder), logits(checkpoint(row)))
 
 
 @pytest.mark.parametrize(
@@ -238,17 +225,17 @@ def test_known_leftovers_are_ignored(row, extra, copy, original):
         ("falcon40b", "transformer.", "model.transformer."),
     ],
 )
-def test_a_checkpoint_saved_under_another_prefix_loads(row, declared, stored, copy, original):
+def test_a_checkpoint_saved_under_another_prefix_loads(row, declared, stored, copy, checkpoint):
     folder = copy(row)
     rewrite(folder, lambda tensors: {n.replace(declared, stored, 1) if n.startswith(declared) else n: t for n, t in tensors.items()})
-    assert torch.equal(logits(folder), logits(original(row)))
+    assert torch.equal(logits(folder), logits(checkpoint(row)))
     assert load_model(folder).linears[0].sources[0].module.startswith(declared), "adapters are named by the declared prefix"
 
 
-def test_a_tied_head_may_be_absent_stored_or_the_only_one_stored(copy, original):
+def test_a_tied_head_may_be_absent_stored_or_the_only_one_stored(copy, checkpoint):
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    absent = logits(original("llama_tied"))
-    shared = load_model(original("llama_tied")).weight_bytes
+    absent = logits(checkpoint("llama_tied"))
+    shared = load_model(checkpoint("llama_tied")).weight_bytes
     stored = copy("llama_tied")
     rewrite(stored, lambda tensors: {**tensors, head: tensors[embed].clone()})
     assert torch.equal(logits(stored), absent)
@@ -310,9 +297,9 @@ def test_a_config_without_a_field_names_it(copy):
         load_model(folder)
 
 
-def test_a_loaded_model_says_what_it_is(original):
-    loaded = load_model(original("llama"), dtype="float32")
-    count = sum(t.numel() for t in load_file(original("llama") / "model.safetensors").values())
+def test_a_loaded_model_says_what_it_is(checkpoint):
+    loaded = load_model(checkpoint("llama"), dtype="float32")
+    count = sum(t.numel() for t in load_file(checkpoint("llama") / "model.safetensors").values())
     assert (loaded.parameters, loaded.weight_bytes) == (count, 4 * count)
     assert (loaded.architecture, loaded.vocabulary, loaded.vocabulary_limit) == ("LlamaForCausalLM", 259, 259)
     assert (loaded.positions, loaded.end_tokens) == (512, (2,))
@@ -321,18 +308,18 @@ def test_a_loaded_model_says_what_it_is(original):
     assert loaded.pool(3).layers[0].shape == (3, 2, 2, 16, 16)
 
 
-def test_the_digest_follows_config_and_weights_but_not_the_folder(copy, original):
+def test_the_digest_follows_config_and_weights_but_not_the_folder(copy, checkpoint):
     folder = copy("llama")
-    digest = Checkpoint.open(original("llama")).digest
+    digest = Checkpoint.open(checkpoint("llama")).digest
     assert Checkpoint.open(folder).digest == digest
     edit_config(folder, rms_norm_eps=0.1)
     assert Checkpoint.open(folder).digest != digest
 
 
-def test_the_vocabulary_ends_at_the_last_token_the_tokenizer_knows(original, tmp_path):
-    assert vocabulary_limit(original("llama"), 259) == 259
-    assert vocabulary_limit(original("llama"), 320) == 259
-    assert vocabulary_limit(original("llama"), 100) == 100
+def test_the_vocabulary_ends_at_the_last_token_the_tokenizer_knows(checkpoint, tmp_path):
+    assert vocabulary_limit(checkpoint("llama"), 259) == 259
+    assert vocabulary_limit(checkpoint("llama"), 320) == 259
+    assert vocabulary_limit(checkpoint("llama"), 100) == 100
     assert vocabulary_limit(tmp_path, 320) == 320
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", 0.0]]}, "added_tokens": [{"id": 7}]}))
     assert vocabulary_limit(tmp_path, 320) == 8

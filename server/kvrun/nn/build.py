@@ -90,7 +90,7 @@ def load_model(
         end_tokens=config.end_tokens,
         dtype=chosen,
         device=device,
-        weight_bytes=(plan.elements - plan.embed.elements * build.shares_embedding) * chosen.itemsize,
+        weight_bytes=build.elements * chosen.itemsize,
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         digest=checkpoint.digest,
     )
@@ -117,9 +117,15 @@ class _Build:
         self._model, self._plan, self._loader, self._format = model, plan, loader, weights
         self._split, self._dtype, self._group, self._dense = plan.split, dtype, group, Dense()
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
-        self.shares_embedding = loader.stored(plan.embed) == loader.stored(plan.head.weight)
+        self._shares_embedding = loader.stored(plan.embed) == loader.stored(plan.head.weight)
         self._hidden = model.decoder.embed.hidden
         self._rotaries: dict[Rope, RotaryTable] = {}  # layers that rotate alike share a table
+
+    @property
+    def elements(self) -> int:
+        """Numbers this rank holds: a checkpoint may store both ends of a model that calls them tied."""
+        tied = self._model.decoder.head.tied
+        return self._plan.elements + self._plan.embed.elements * (tied and not self._shares_embedding)
 
     def decoder(self) -> Decoder:
         """All of it, in the order in which a token passes through."""
@@ -140,7 +146,7 @@ class _Build:
 
     def _embedding(self, head: DenseLinear) -> Embedding:
         embed, plan = self._model.decoder.embed, self._plan.embed
-        rows = head.rows if self.shares_embedding else partial(functional.embedding, weight=self._loader.table(plan, self._dtype))
+        rows = head.rows if self._shares_embedding else partial(functional.embedding, weight=self._loader.table(plan, self._dtype))
         learned, held = embed.position, plan.rows[0]
         if learned is None:
             return Embedding(rows, held, self._group)

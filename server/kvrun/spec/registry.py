@@ -16,12 +16,12 @@ _describers: dict[str, Describer] = {}
 def architecture(*names: str) -> Callable[[Describer], Describer]:
     """Register the decorated function as the description of these `architectures` entries of a config.json."""
 
-    def register(describer: Describer) -> Describer:
+    def register(describe: Describer) -> Describer:
         for name in names:
             if name in _describers:
                 raise ValueError(f"architecture {name} is described twice")
-            _describers[name] = describer
-        return describer
+            _describers[name] = describe
+        return describe
 
     return register
 
@@ -31,15 +31,20 @@ def served() -> list[str]:
     return sorted(_describers)
 
 
+def describer(name: str) -> Describer:
+    """The function that describes a served architecture."""
+    return _describers[name]
+
+
 def model_of(config: Config) -> Model:
     """The model a config describes. Unsupported names the nearest served ones when nobody describes its architecture."""
     name = config.architecture
-    describer = _describers.get(name)
-    if describer is None:
+    describe = _describers.get(name)
+    if describe is None:
         near = difflib.get_close_matches(name, served(), n=3, cutoff=0.4)
         hint = f"the nearest served ones are {', '.join(near)}" if near else f"served are {', '.join(served())}"
         raise Unsupported(f"{config.where}: architecture {name} is not served; {hint}")
     try:
-        return describer(config)
+        return describe(config)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{config.where}: its values do not describe a {name}: {error}") from error

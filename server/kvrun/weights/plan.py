@@ -82,9 +82,10 @@ class ModelPlan:
 
     @property
     def elements(self) -> int:
-        """Numbers this rank holds."""
+        """Numbers this rank holds, a tied vocabulary counted once."""
         matrices = sum(linear.out_features * (linear.in_features + linear.bias_here) for linear in self.linears)
-        return matrices + sum(table.elements for table in self.all_tables())
+        tied = self.head.weight.instead == self.embed.tensor
+        return matrices + sum(table.elements for table in self.all_tables()) - self.embed.elements * tied
 
     def all_tables(self) -> Iterator[TablePlan]:
         """Tables of every kind."""
