@@ -67,9 +67,9 @@ struct Vec<float, I> {
   }
   static Vec load(const Float16* p) { return raw_load(p, I{}); }
 
-  // Reads n < width elements; the other lanes are 0.
+  // Reads n < width elements; the other lanes are 0. The ends of rows are rare: not inlined, to build quickly.
   template <class T>
-  static Vec load(const T* p, int64_t n) {
+  __attribute__((noinline)) static Vec load(const T* p, int64_t n) {
     T all[width] = {};
     for (int64_t i = 0; i < n; i++) all[i] = p[i];
     return load(all);
@@ -85,7 +85,7 @@ struct Vec<float, I> {
   }
   void store(Float16* p) const { raw_store(p, raw, I{}); }
   template <class T>
-  void store(T* p, int64_t n) const {
+  __attribute__((noinline)) void store(T* p, int64_t n) const {
     T all[width];
     store(all);
     for (int64_t i = 0; i < n; i++) p[i] = all[i];

@@ -10,7 +10,7 @@ SCHEMA = (
     "int window=0, float softcap=0.0, Tensor? slopes=None) -> Tensor"
 )
 
-_kernel = Kernel("paged_attention", "pppppp p iiii iiii ii f i f ii")
+_kernel = Kernel("paged_attention", "ppppppp iiiiiii ii f i f ii")
 
 
 def reference(
@@ -79,8 +79,7 @@ def paged_attention(
     _kernel.run(
         out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(),
         page_table.data_ptr(), None if slopes is None else slopes.data_ptr(),
-        q.shape[0], q.shape[1], pool.shape[2], q.shape[2],
-        contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
+        q.shape[1], pool.shape[2], q.shape[2], contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
         q.stride(0), q.stride(1), scale, window, softcap, DTYPES[q.dtype], DTYPES[pool.dtype],
     )  # fmt: skip
     return out

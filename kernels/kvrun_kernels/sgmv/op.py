@@ -11,7 +11,7 @@ from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
 
-_kernel = Kernel("sgmv", "ppp iiiii ii i")
+_kernel = Kernel("sgmv", "ppp iiii iii")
 
 
 class Segment(NamedTuple):
@@ -82,7 +82,7 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
     if _kernel.run is None or not segments.native or not on_cpu(y, x):
         return reference(y, x, segments)
     _kernel.run(
-        y.data_ptr(), x.data_ptr(), segments.address, len(segments.segments), y.stride(0), x.stride(0), x.shape[1], 0,
+        y.data_ptr(), x.data_ptr(), segments.address, len(segments.segments), y.stride(0), x.stride(0), x.shape[1],
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[segments.dtype],
     )  # fmt: skip
     return None

@@ -1,0 +1,134 @@
+"""Attention over pages: right against the plain softmax, and the same to the bit however the work is cut."""
+
+import pytest
+import torch
+
+import kvrun_kernels
+from kvrun_kernels import ops
+from kvrun_kernels.paged_attention.op import reference
+
+
+class Batch:
+    """Sequences with shuffled pages in a pool whose unowned memory is NaN, so that reading it shows."""
+
+    def __init__(self, tokens, contexts, q_heads, kv_heads, dim, page_tokens=16, dtype=torch.float32):
+        self.page_tokens, self.dtype = page_tokens, dtype
+        self.contexts = torch.tensor(contexts, dtype=torch.int32)
+        self.query_start = torch.tensor([0, *tokens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        needed = [-(-c // page_tokens) for c in contexts]
+        order = torch.randperm(sum(needed) + 3).to(torch.int32)
+        self.pool = torch.full((sum(needed) + 3, 2, kv_heads, page_tokens, dim), float("nan"), dtype=dtype)
+        self.page_table = torch.full((len(contexts), max(needed)), -1, dtype=torch.int32)
+        for n, (context, pages) in enumerate(zip(contexts, needed)):
+            mine = order[sum(needed[:n]) : sum(needed[:n]) + pages]
+            self.page_table[n, :pages] = mine
+            at = torch.arange(context)
+            slots = mine.long()[at // page_tokens] * page_tokens + at % page_tokens
+            k, v = torch.randn(2, context, kv_heads, dim).to(dtype)
+            ops.store_kv(k, v, self.pool, slots.int())
+        self.q = torch.randn(int(self.query_start[-1]), q_heads, dim).to(dtype)
+        self.scale = dim**-0.5
+
+    def run(self, op=ops.paged_attention, **options):
+        return op(self.q, self.pool, self.query_start, self.contexts, self.page_table, self.scale, **options)
+
+    def expected(self, **options):
+        # The reference multiplies hidden values by 0, which NaN survives.
+        return reference(
+            self.q, self.pool.nan_to_num(0.0), self.query_start, self.contexts, self.page_table, self.scale, **options
+        )
+
+
+@pytest.mark.parametrize("dim", (8, 20, 64, 80, 96, 112, 128, 192, 256))
+def test_every_head_dimension(level, dim, close):
+    batch = Batch((5, 1, 1), (5, 70, 33), q_heads=4, kv_heads=2, dim=dim)
+    close(batch.run(), batch.expected())
+
+
+@pytest.mark.parametrize("q_heads,kv_heads", ((1, 1), (4, 4), (6, 2), (8, 1), (71, 1), (32, 4)))
+def test_every_grouping_of_heads(level, dtype, q_heads, kv_heads, close):
+    batch = Batch((1, 37, 1), (600, 90, 1), q_heads, kv_heads, dim=32, dtype=dtype)
+    close(batch.run(), batch.expected())
+
+
+@pytest.mark.parametrize("page_tokens", (1, 7, 16, 64))
+def test_every_page_size(level, page_tokens, close):
+    batch = Batch((9, 1), (140, 77), q_heads=2, kv_heads=1, dim=16, page_tokens=page_tokens)
+    close(batch.run(), batch.expected())
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"window": 1},
+        {"window": 50},
+        {"window": 1000},
+        {"softcap": 2.0},
+        {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.01])},
+        {"window": 70, "softcap": 5.0, "slopes": torch.tensor([0.0, 0.1, 0.2, 0.3])},
+    ),
+    ids=lambda options: " ".join(options),
+)
+def test_windows_caps_and_slopes(level, options, close):
+    batch = Batch((130, 1, 3), (130, 900, 600), q_heads=4, kv_heads=2, dim=32)
+    close(batch.run(**options), batch.expected(**options))
+
+
+def test_query_views_into_a_fused_projection_are_read_in_place(level, close):
+    batch = Batch((4, 1), (40, 20), q_heads=4, kv_heads=2, dim=24)
+    fused = torch.randn(5, 4 * 24 + 50)
+    batch.q = fused[:, : 4 * 24].unflatten(1, (4, 24))
+    close(batch.run(), batch.expected())
+
+
+def test_an_empty_sequence_beside_others(level, close):
+    batch = Batch((2, 0, 1), (2, 5, 9), q_heads=2, kv_heads=1, dim=16)
+    close(batch.run(), batch.expected())
+
+
+@pytest.mark.parametrize("options", ({}, {"window": 100, "softcap": 3.0}), ids=("plain", "window"))
+@pytest.mark.parametrize("q_heads,kv_heads", ((4, 4), (8, 2)))
+def test_chunks_of_any_size_give_the_same_bits(level, dtype, q_heads, kv_heads, options):
+    length = 700
+    whole = Batch((length,), (length,), q_heads, kv_heads, dim=48, dtype=dtype)
+    expected = whole.run(**options)
+    for chunk in (1, 7, 64, 333):
+        for start in range(0, length, chunk) if chunk > 1 else (0, 1, 63, 64, 511, 512, 513, 699):
+            stop = min(start + chunk, length)
+            found = ops.paged_attention(
+                whole.q[start:stop], whole.pool, torch.tensor([0, stop - start], dtype=torch.int32),
+                torch.tensor([stop], dtype=torch.int32), whole.page_table, whole.scale, **options,
+            )  # fmt: skip
+            assert torch.equal(found, expected[start:stop]), (chunk, start)
+
+
+def test_neighbours_and_threads_never_change_a_row(level, dtype):
+    batch = Batch((1,) * 9 + (40,), (1, 5, 64, 65, 512, 513, 1030, 200, 700, 640), q_heads=4, kv_heads=2, dim=64, dtype=dtype)
+    together = batch.run()
+    threads = kvrun_kernels.get_num_threads()
+    try:
+        for count in (1, 3):
+            kvrun_kernels.set_num_threads(count)
+            assert torch.equal(batch.run(), together)
+            for n in range(10):
+                rows = slice(int(batch.query_start[n]), int(batch.query_start[n + 1]))
+                alone = ops.paged_attention(
+                    batch.q[rows], batch.pool, torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+                    batch.contexts[n : n + 1], batch.page_table[n : n + 1], batch.scale,
+                )  # fmt: skip
+                assert torch.equal(alone, together[rows]), n
+    finally:
+        kvrun_kernels.set_num_threads(threads)
+
+
+def test_pages_that_slid_out_of_the_window_are_never_read(level, close):
+    batch = Batch((1,), (300,), q_heads=2, kv_heads=1, dim=32)
+    expected = batch.expected(window=40)
+    batch.pool[batch.page_table[0, :16].long()] = float("nan")
+    close(batch.run(window=40), expected)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    batch = Batch((1,), (4,), q_heads=3, kv_heads=2, dim=8)
+    with pytest.raises(ValueError, match="3 query heads over 2"):
+        batch.run()
