@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvrun.errors import DeviceError
+
 
 class Group:
     """This process among the `world` processes that hold one model together."""
@@ -28,20 +30,25 @@ class Group:
     def join(cls, rendezvous: str | Path, rank: int, world: int, timeout_s: float = 120.0) -> Group:
         """Meet the other ranks at a file that all of them see and no earlier group has used.
 
-        Raises RuntimeError when a rank stays away longer than `timeout_s`, and in any later collective when a rank died.
+        Raises DeviceError when a rank stays away longer than `timeout_s`. Any later collective raises RuntimeError at once
+        when a rank has died, and after `timeout_s` when one does not take part.
         """
         if world == 1:
             return cls.single()
         from torch.distributed import FileStore, PrefixStore, ProcessGroupGloo
 
         timeout = timedelta(seconds=timeout_s)
-        store = FileStore(str(rendezvous), world)
-        store.set_timeout(timeout)
         options = ProcessGroupGloo._Options()
         options._timeout = timeout
         # Loopback by name: the default interface is the host's own, which other machines can reach.
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        return cls(rank, world, ProcessGroupGloo(PrefixStore("kvrun", store), rank, world, options))
+        try:
+            store = FileStore(str(rendezvous), world)
+            store.set_timeout(timeout)
+            return cls(rank, world, ProcessGroupGloo(PrefixStore("kvrun", store), rank, world, options))
+        except RuntimeError as error:
+            who = f"rank {rank} of {world} met fewer than {world} ranks at {rendezvous} within {timeout_s:g} s"
+            raise DeviceError(f"{who}: {error}; start all ranks with the same fresh --rendezvous file") from error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place, and return it.

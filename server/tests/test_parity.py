@@ -79,7 +79,7 @@ def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world,
         assert ((scores.max(-1).values - chosen) / scores.std()).max() < TIE
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("row", ["llama", "llama_yarn", "mistral", "falcon40b", "falcon_rw", "gpt2"])
 def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, world, groups, checkpoint, expected):
     runner = groups[world]

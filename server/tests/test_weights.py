@@ -137,6 +137,14 @@ def test_a_missing_shard_is_named(tmp_path):
     assert error.value.exit_code == 11
 
 
+@pytest.mark.parametrize("weight_map", [None, 3, {"a": "../other/model.safetensors"}])
+def test_an_index_that_is_none_is_refused(weight_map, copy):
+    folder = copy("llama")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FilesError, match=r"index\.json (is not an index of weights|names \.\./other/)"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

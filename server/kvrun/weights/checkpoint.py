@@ -108,6 +108,9 @@ def _files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FilesError(f"{index} is not an index of weights: {error!r}; {AGAIN}") from error
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise FilesError(f"{index} names {outside[0]}, which is not a file beside it; {AGAIN}")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FilesError(f"{folder} lacks {', '.join(missing[:10])}, which {INDEX} names; download the missing files")
@@ -127,17 +130,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     """The raw header of a safetensors file and its tensors, every offset checked against the file's true size."""
-    total = file.stat().st_size
-    with file.open("rb") as handle:
-        start = handle.read(8)
-        if start == b"version ":  # how a Git LFS pointer begins
-            raise FilesError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > total - 8:
-            raise FilesError(f"{file} is short or no safetensors file: it has {total} bytes; {AGAIN}")
-        if length > LONGEST_HEADER:
-            raise FilesError(f"{file} is no safetensors file: its header would take {length} bytes; {AGAIN}")
-        raw = handle.read(length)
+    raw, held = _raw_header(file)
     try:
         stated = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
         entries = {name: Entry(file, value["dtype"], tuple(value["shape"])) for name, value in stated.items()}
@@ -149,6 +142,25 @@ def _header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FilesError(f"{file} is corrupt: {error}; {AGAIN}") from error
     end = max((end for _, end in offsets.values()), default=0)
-    if end > total - 8 - length:
-        raise FilesError(f"{file} is short: its tensors take {end} bytes, it holds {total - 8 - length}; {AGAIN}")
+    if end > held:
+        raise FilesError(f"{file} is short: its tensors take {end} bytes, it holds {held}; {AGAIN}")
     return raw, entries
+
+
+def _raw_header(file: Path) -> tuple[bytes, int]:
+    """The bytes of a file's header, and how many bytes follow it."""
+    try:
+        total = file.stat().st_size
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            raw = handle.read(min(length, LONGEST_HEADER, total))
+    except OSError as error:
+        raise FilesError(f"{file} cannot be read: {error.strerror}; check its permissions and the disk") from error
+    if start == b"version ":  # how a Git LFS pointer begins
+        raise FilesError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    if len(start) < 8 or length > total - 8:
+        raise FilesError(f"{file} is short or no safetensors file: it has {total} bytes; {AGAIN}")
+    if length > LONGEST_HEADER:
+        raise FilesError(f"{file} is no safetensors file: its header would take {length} bytes; {AGAIN}")
+    return raw, total - 8 - length
