@@ -8,8 +8,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from pathlib import Path
 
 import pytest
+import torch
+from adapters import ADAPTERS, write_adapter
 from driver import Ranks
 from tiny import write_checkpoint
+
+
+# Tiny tensors gain nothing from more threads, and lose much when the machine is busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +27,21 @@ def checkpoint(tmp_path_factory):
         if row not in written:
             written[row] = write_checkpoint(row, tmp_path_factory.mktemp(row))
         return written[row]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(checkpoint, tmp_path_factory):
+    """name in ADAPTERS -> its folder, written once."""
+    written: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in written:
+            row, config = ADAPTERS[name]
+            seed = sorted(ADAPTERS).index(name)
+            written[name] = write_adapter(tmp_path_factory.mktemp("adapters") / name, checkpoint(row), seed, **config)
+        return written[name]
 
     return folder
 
