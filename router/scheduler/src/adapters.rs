@@ -137,6 +137,11 @@ impl Adapters {
         self.all.get(&id)
     }
 
+    /// The adapter that a load was ordered for under this handle.
+    pub fn of_handle(&self, handle: u64) -> Option<AdapterId> {
+        self.by_handle.get(&handle).copied()
+    }
+
     /// Every adapter.
     pub fn iter(&self) -> impl Iterator<Item = (AdapterId, &AdapterView)> {
         self.all.iter().map(|(&id, view)| (id, view))

@@ -97,6 +97,7 @@ impl Scheduler {
                 sequence.computed = 0;
                 sequence.published = 0;
                 self.queue.push(waiting(id, sequence));
+                self.replays += 1;
                 self.recover_by(id, Some(now + RECOVERY));
             }
         }

@@ -92,6 +92,10 @@ pub struct Load {
     pub running: u32,
     /// Where the pages are.
     pub pages: PageCounts,
+    /// Times a request gave way to an older one, ever.
+    pub preemptions: u64,
+    /// Times a running request was replayed in a new epoch, ever.
+    pub replays: u64,
 }
 
 /// A fault planted on purpose, to prove that the simulator finds it.
@@ -152,6 +156,8 @@ pub struct Scheduler {
     deadlines: BTreeSet<(Time, u64)>,
     events: Vec<Event>,
     pace: Pace,
+    preemptions: u64,
+    replays: u64,
     last_id: u64,
     #[cfg(feature = "planted-bugs")]
     planted: Option<PlantedBug>,
@@ -179,6 +185,8 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             events: Vec::new(),
             pace: Pace::default(),
+            preemptions: 0,
+            replays: 0,
             last_id: 0,
             #[cfg(feature = "planted-bugs")]
             planted: None,
@@ -283,6 +291,8 @@ impl Scheduler {
             waiting_tokens: self.queue.tokens(),
             running: self.running.len() as u32,
             pages: self.pages.counts(),
+            preemptions: self.preemptions,
+            replays: self.replays,
         }
     }
 

@@ -189,6 +189,7 @@ impl Scheduler {
         self.withdraw(id);
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.preemptions += counts;
+            self.preemptions += 1;
             self.queue.push(waiting(id, sequence));
         }
     }

@@ -1,13 +1,26 @@
 //! The engine: one task owns the scheduler and drives every shard in lockstep; requests talk to it through channels.
 
+mod adapters;
+mod drive;
+mod meters;
+mod shards;
+mod watchdog;
+mod wire;
+
+pub use adapters::Adapters;
+pub use kvrun_scheduler::AdapterId;
+
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::request::{
     AdapterInfo, AdapterSpec, Event, LoadError, Refusal, Status, UnknownAdapter, ValidRequest,
 };
-pub use kvrun_scheduler::AdapterId;
+use drive::Driver;
 
 /// What the engine tells the launcher.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,42 +63,132 @@ pub struct EngineOptions {
     pub control: Arc<dyn Fn(Control) + Send + Sync>,
 }
 
-/// A handle on the engine's task. Cheap to clone.
+/// What handles ask of the engine's task.
+enum Command {
+    Submit(
+        Box<ValidRequest>,
+        oneshot::Sender<Result<Admitted, Refusal>>,
+    ),
+    Cancel(u64),
+    Load(AdapterSpec, oneshot::Sender<Result<AdapterInfo, LoadError>>),
+    Unload(String, oneshot::Sender<Result<AdapterInfo, UnknownAdapter>>),
+    Pin(AdapterId, bool),
+    /// Refuse new work; answered when no request is open.
+    Drain(oneshot::Sender<()>),
+    /// Fail what is open.
+    Abort,
+}
+
+/// An admitted request's id and its events. The channel holds at most the answer the request asked for.
+struct Admitted {
+    id: u64,
+    events: mpsc::UnboundedReceiver<Event>,
+}
+
+/// What the task shows to its handles.
+#[derive(Default)]
+struct Window {
+    status: Status,
+    /// Since when work exists and no outcome came.
+    waiting_since: Option<Instant>,
+}
+
+type Shown = Arc<Mutex<Window>>;
+
+/// A handle on the engine's task. Cheap to clone; the task ends when the last handle and answer are dropped.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    commands: mpsc::UnboundedSender<Command>,
+    adapters: Adapters,
+    shown: Shown,
+    ready: watch::Receiver<bool>,
+}
 
 impl Engine {
-    /// Starts the engine's task on the current runtime; it connects, serves and reconnects until drained.
+    /// Starts the engine's task on a thread of its own; it connects, serves and reconnects until its handles are gone.
+    ///
+    /// A thread, because the time between an outcome and the next step is the only time that every stream waits for.
+    /// A panic there ends the process with exit code 70: nothing could be served without it.
     pub fn start(options: EngineOptions) -> Self {
-        let _ = options;
-        unimplemented!()
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let (announce, ready) = watch::channel(false);
+        let adapters = Adapters::new(commands.clone());
+        let shown = Shown::default();
+        let driver = Driver::new(options, inbox, adapters.registry(), shown.clone(), announce);
+        let run = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            match runtime {
+                Ok(runtime) => runtime.block_on(driver.run()),
+                Err(error) => tracing::error!(%error, "the engine has no event loop"),
+            }
+        };
+        let guarded = move || {
+            if std::panic::catch_unwind(AssertUnwindSafe(run)).is_err() {
+                tracing::error!("the engine failed; this is a bug");
+                std::process::exit(70);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(guarded)
+        {
+            tracing::error!(%error, "no thread for the engine");
+        }
+        Self {
+            commands,
+            adapters,
+            shown,
+            ready,
+        }
     }
 
-    /// Queues a request; resolves at admission.
+    /// Queues a request; resolves at admission. Dropping the future before that withdraws it.
     pub async fn submit(&self, request: ValidRequest) -> Result<Answer, Refusal> {
-        let _ = request;
-        unimplemented!()
+        let (reply, answered) = oneshot::channel();
+        let command = Command::Submit(Box::new(request), reply);
+        self.commands.send(command).map_err(|_| Refusal::Draining)?;
+        let admitted = answered.await.map_err(|_| Refusal::Draining)??;
+        Ok(Answer {
+            id: admitted.id,
+            events: admitted.events,
+            commands: Some(self.commands.clone()),
+        })
     }
 
     /// The adapter registry.
     pub fn adapters(&self) -> &Adapters {
-        unimplemented!()
+        &self.adapters
     }
 
     /// The engine's state right now.
     pub fn status(&self) -> Status {
-        unimplemented!()
+        let window = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = window.status.clone();
+        status.stalled = window
+            .waiting_since
+            .map(|since| since.elapsed())
+            .unwrap_or_default();
+        status
     }
 
     /// Waits for the first epoch that serves, with the adapters of the options loaded or failed.
     pub async fn ready(&self) {
-        unimplemented!()
+        // An error means that the task is gone; then nothing will ever be ready and status() says so.
+        let _ = self.ready.clone().wait_for(|ready| *ready).await;
     }
 
     /// Refuses new work, waits up to `grace` for open answers, then fails the rest with `ShuttingDown`.
     pub async fn drain(&self, grace: Duration) {
-        let _ = grace;
-        unimplemented!()
+        let (done, mut drained) = oneshot::channel();
+        if self.commands.send(Command::Drain(done)).is_err() {
+            return;
+        }
+        if tokio::time::timeout(grace, &mut drained).await.is_err() {
+            let _ = self.commands.send(Command::Abort);
+            let _ = drained.await;
+        }
     }
 }
 
@@ -93,50 +196,29 @@ impl Engine {
 pub struct Answer {
     /// Unique within the router's life.
     pub id: u64,
+    events: mpsc::UnboundedReceiver<Event>,
+    /// Taken by the terminal event: from then on there is nothing to cancel.
+    commands: Option<mpsc::UnboundedSender<Command>>,
 }
 
 impl Answer {
     /// The next event; `None` after the terminal one.
     pub async fn next(&mut self) -> Option<Event> {
-        unimplemented!()
+        let event = self.events.recv().await;
+        if matches!(
+            event,
+            None | Some(Event::Finished(_)) | Some(Event::Failed(_))
+        ) {
+            self.commands = None;
+        }
+        event
     }
 }
 
-/// The adapters of an engine.
-#[derive(Clone)]
-pub struct Adapters {}
-
-impl Adapters {
-    /// Finds a name that new requests may use.
-    pub fn resolve(&self, name: &str) -> Result<AdapterId, UnknownAdapter> {
-        Err(UnknownAdapter(name.to_owned()))
-    }
-
-    /// Every adapter, by name.
-    pub fn list(&self) -> Vec<AdapterInfo> {
-        unimplemented!()
-    }
-
-    /// One adapter by id, also while it drains.
-    pub fn get(&self, id: AdapterId) -> Option<AdapterInfo> {
-        let _ = id;
-        unimplemented!()
-    }
-
-    /// Loads an adapter beside serving and waits for the outcome; again under the same name and folder is no error.
-    pub async fn load(&self, spec: AdapterSpec) -> Result<AdapterInfo, LoadError> {
-        let _ = spec;
-        unimplemented!()
-    }
-
-    /// Refuses new requests for the adapter at once; its bytes go when the last running one ends.
-    pub async fn unload(&self, name: &str) -> Result<AdapterInfo, UnknownAdapter> {
-        Err(UnknownAdapter(name.to_owned()))
-    }
-
-    /// Exempts an adapter from eviction, or no longer.
-    pub fn pin(&self, name: &str, pinned: bool) -> Result<AdapterInfo, UnknownAdapter> {
-        let _ = pinned;
-        Err(UnknownAdapter(name.to_owned()))
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(Command::Cancel(self.id));
+        }
     }
 }

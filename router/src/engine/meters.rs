@@ -1,0 +1,80 @@
+//! What the engine measures. Handles are looked up once: a turn has no time for registries.
+
+use std::time::Duration;
+
+use kvrun_scheduler::Load;
+use metrics::{Counter, Histogram, counter, histogram};
+
+use crate::metrics as names;
+
+/// Seconds between receiving an outcome and sending the next step: the router's own time between tokens.
+pub const ROUTER_GAP: &str = "kvrun_router_gap_seconds";
+/// Seconds of a step that were neither the shard's nor the router's turn: wire and wake-ups.
+pub const STEP_TRANSPORT: &str = "kvrun_step_transport_seconds";
+
+pub(super) struct Meters {
+    gap: Histogram,
+    transport: Histogram,
+    step: Histogram,
+    forward: Histogram,
+    sent: [Counter; 2],
+    answered: [Counter; 2],
+    lost: [Counter; 2],
+    preemptions: Counter,
+    replays: Counter,
+    pub(super) failed_rows: Counter,
+}
+
+/// Whether a step computes prompts or only decodes, as the `method` label says it.
+fn by_method(name: &'static str) -> [Counter; 2] {
+    ["prefill", "decode"].map(|method| counter!(name, "method" => method))
+}
+
+impl Meters {
+    pub(super) fn new() -> Self {
+        Self {
+            gap: histogram!(ROUTER_GAP),
+            transport: histogram!(STEP_TRANSPORT),
+            step: histogram!(names::BATCH_DURATION),
+            forward: histogram!(names::FORWARD_DURATION),
+            sent: by_method(names::BATCH_COUNT),
+            answered: by_method(names::BATCH_SUCCESS),
+            lost: by_method(names::BATCH_FAILURE),
+            preemptions: counter!(names::PREEMPTIONS),
+            replays: counter!(names::REPLAYED_REQUESTS),
+            failed_rows: counter!(names::FAILED_ROWS),
+        }
+    }
+
+    pub(super) fn gap(&self, time: Duration) {
+        self.gap.record(time.as_secs_f64());
+    }
+
+    pub(super) fn sent(&self, decodes: bool) {
+        self.sent[usize::from(decodes)].increment(1);
+    }
+
+    pub(super) fn lost(&self, decodes: bool) {
+        self.lost[usize::from(decodes)].increment(1);
+    }
+
+    /// A step took `time`, of which the shard says it computed for `computed`, in the model for `forward`.
+    pub(super) fn answered(
+        &self,
+        decodes: bool,
+        time: Duration,
+        computed: Duration,
+        forward: Duration,
+    ) {
+        self.answered[usize::from(decodes)].increment(1);
+        self.step.record(time.as_secs_f64());
+        self.forward.record(forward.as_secs_f64());
+        self.transport
+            .record(time.saturating_sub(computed).as_secs_f64());
+    }
+
+    pub(super) fn load(&self, load: &Load) {
+        self.preemptions.absolute(load.preemptions);
+        self.replays.absolute(load.replays);
+    }
+}

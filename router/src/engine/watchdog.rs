@@ -1,0 +1,125 @@
+//! When silence is too long: how much time a step may take, judged by what steps took before.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// No step is called hung before this.
+const LEAST: Duration = Duration::from_secs(10);
+/// Allowed before anything was measured: the first steps also warm caches up.
+const UNKNOWN: Duration = Duration::from_secs(120);
+/// Steps that the judgement rests on.
+const REMEMBERED: usize = 256;
+/// How much longer than usual is too long.
+const PATIENCE: u32 = 8;
+
+/// Watches the step in flight. Time in which this process itself did not run does not count.
+#[derive(Debug, Default)]
+pub(super) struct Watchdog {
+    steps: VecDeque<Duration>,
+    /// Slowest time per token of the steps remembered by size; prompts may be far larger than anything before.
+    per_token: Duration,
+    begun: Option<(Instant, u32)>,
+    silent: Duration,
+    last_tick: Option<Instant>,
+}
+
+impl Watchdog {
+    /// A step of `tokens` tokens was sent.
+    pub(super) fn sent(&mut self, now: Instant, tokens: u32) {
+        self.begun = Some((now, tokens));
+        self.silent = Duration::ZERO;
+        self.last_tick = Some(now);
+    }
+
+    /// The step was answered; answers with the time it took.
+    pub(super) fn answered(&mut self, now: Instant) -> Duration {
+        let Some((begun, tokens)) = self.begun.take() else {
+            return Duration::ZERO;
+        };
+        let took = now.duration_since(begun);
+        if self.steps.len() == REMEMBERED {
+            self.steps.pop_front();
+        }
+        self.steps.push_back(took);
+        if tokens > 0 {
+            // Forgets slowly, so that one slow step does not blunt the watchdog for ever.
+            self.per_token = (self.per_token * 99 / 100).max(took / tokens);
+        }
+        took
+    }
+
+    /// Whether a step is in flight.
+    pub(super) fn in_flight(&self) -> bool {
+        self.begun.is_some()
+    }
+
+    /// Nothing is in flight any more.
+    pub(super) fn rest(&mut self) {
+        self.begun = None;
+    }
+
+    /// Called every `period`; answers with the silence when it is too long.
+    pub(super) fn tick(&mut self, now: Instant, period: Duration) -> Option<Duration> {
+        let (_, tokens) = self.begun?;
+        let since = now.duration_since(self.last_tick.replace(now)?);
+        self.silent += since.min(2 * period);
+        (self.silent > self.allowance(tokens)).then_some(self.silent)
+    }
+
+    fn allowance(&self, tokens: u32) -> Duration {
+        if self.steps.is_empty() {
+            return UNKNOWN;
+        }
+        let mut sorted: Vec<_> = self.steps.iter().copied().collect();
+        sorted.sort_unstable();
+        let slow = sorted[(sorted.len() - 1) * 99 / 100];
+        let by_size = self.per_token.saturating_mul(tokens);
+        LEAST.max(slow.max(by_size) * PATIENCE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TICK: Duration = Duration::from_millis(250);
+
+    fn trained() -> (Watchdog, Instant) {
+        let (mut dog, start) = (Watchdog::default(), Instant::now());
+        for _ in 0..10 {
+            dog.sent(start, 10);
+            dog.answered(start + Duration::from_millis(20));
+        }
+        (dog, start)
+    }
+
+    #[test]
+    fn ten_silent_seconds_are_a_hang() {
+        let (mut dog, start) = trained();
+        dog.sent(start, 10);
+        let barks: Vec<_> = (1..=60)
+            .filter(|&n| dog.tick(start + TICK * n, TICK).is_some())
+            .collect();
+        assert_eq!(barks.first(), Some(&41));
+    }
+
+    #[test]
+    fn a_large_prompt_gets_time_by_its_size() {
+        let (mut dog, start) = trained();
+        dog.sent(start, 4000);
+        assert!((1..=200).all(|n| dog.tick(start + TICK * n, TICK).is_none()));
+    }
+
+    #[test]
+    fn time_that_this_process_slept_through_does_not_count() {
+        let (mut dog, start) = trained();
+        dog.sent(start, 10);
+        assert_eq!(dog.tick(start + Duration::from_secs(3600), TICK), None);
+    }
+
+    #[test]
+    fn an_idle_engine_is_never_hung() {
+        let (mut dog, start) = trained();
+        assert_eq!(dog.tick(start + Duration::from_secs(3600), TICK), None);
+    }
+}
