@@ -13,7 +13,6 @@ from adapters import ADAPTERS, write_adapter
 from driver import Ranks
 from tiny import write_checkpoint
 
-
 # Tiny tensors gain nothing from more threads, and lose much when the machine is busy.
 torch.set_num_threads(1)
 

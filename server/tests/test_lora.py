@@ -55,7 +55,7 @@ def test_mixed_adapters_in_one_batch_answer_to_the_bit_as_each_alone(world, adap
         driver.run(chunk=9)
         return driver.details
 
-    everyone = list(range(0, 2 * len(names) + 2))
+    everyone = list(range(2 * len(names) + 2))
     together = run(everyone)
     assert {index: run([index])[index] for index in everyone} == together
 

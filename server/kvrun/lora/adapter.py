@@ -124,7 +124,7 @@ def _tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     if data.startswith(b"version https://git-lfs"):
         raise AdapterError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
     except Exception as error:  # the library's own error type is not exported by every version
         raise AdapterError(f"{file} is short or corrupt: {error}; download it again") from error
     if not tensors:
