@@ -37,6 +37,8 @@ struct Job {
 
 pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;
 std::atomic<uint32_t> epoch{0};
+// The epoch that the workers were started in: one that reads it late must still notice that it was told to stop.
+uint32_t birth = 0;
 std::atomic<uint32_t> gate{0};
 std::atomic<uint32_t> sleepers{0};
 std::atomic<bool> stopping{false};
@@ -102,7 +104,7 @@ void leave() {
 }
 
 void* worker_main(void* number) {
-  uint32_t seen = epoch.load();
+  uint32_t seen = birth;
   for (;;) {
     if (!spin_until([&] { return epoch.load(std::memory_order_acquire) != seen; })) {
       sleepers.fetch_add(1);
@@ -148,6 +150,7 @@ void stop_workers() {
 
 void start_workers(int threads) {
   stop_workers();
+  birth = epoch.load();
   for (int i = 1; i < threads; i++) {
     if (pthread_create(&workers[i], nullptr, worker_main, reinterpret_cast<void*>(intptr_t(i))) != 0) break;
     pin(workers[i], i, threads);
