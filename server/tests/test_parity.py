@@ -13,6 +13,7 @@ from tiny import ROWS, VOCABULARY, oracle
 NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
+SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
 
@@ -63,8 +64,7 @@ def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(
     assert distance(logits, expected(row)) < CLOSE
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "world"), [(row, 1) for row in ROWS] + [(row, 2) for row in SHAPES])
 def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world, groups, checkpoint):
     runner = groups[world]
     runner.load(checkpoint(row))

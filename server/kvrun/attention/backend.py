@@ -14,13 +14,20 @@ class Ragged(Protocol):
     """The part of a forward batch that says which tokens belong together and where their pages are."""
 
     @property
-    def query_start(self) -> Tensor: ...  # [N + 1] int32
+    def query_start(self) -> Tensor:
+        """[N + 1] int32: row n owns tokens query_start[n] to query_start[n + 1]"""
+
     @property
-    def contexts(self) -> Tensor: ...  # [N] int32
+    def contexts(self) -> Tensor:
+        """[N] int32: tokens of each row's sequence that lie in pages after this step"""
+
     @property
-    def page_table(self) -> Tensor: ...  # [N, M] int32
+    def page_table(self) -> Tensor:
+        """[N, M] int32: the pages of each row's sequence"""
+
     @property
-    def slots(self) -> Tensor: ...  # [T] int32
+    def slots(self) -> Tensor:
+        """[T] int32: where each token's key and value go"""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from kvrun.spec import (
 
 @architecture("FalconForCausalLM", "RWForCausalLM")
 def falcon(c: Config) -> Model:
+    """Falcon of any size and age."""
     grouped = c.get("new_decoder_architecture", c.get("model_type") == "RefinedWeb")
     heads, bias, eps = c.num_attention_heads, c.get("bias", False), c.layer_norm_eps
     head_dim = c.hidden_size // heads

@@ -21,6 +21,7 @@ from kvrun.spec import (
 
 @architecture("GPT2LMHeadModel")
 def gpt2(c: Config) -> Model:
+    """GPT-2 of any size."""
     heads = c.num_attention_heads
     head_dim = c.hidden_size // heads
     scale = head_dim**-0.5 if c.get("scale_attn_weights", True) else 1.0

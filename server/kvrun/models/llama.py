@@ -7,6 +7,7 @@ from kvrun.spec import Attention, Config, Decoder, Embed, GatedMlp, Head, Model,
 
 @architecture("LlamaForCausalLM")
 def llama(c: Config) -> Model:
+    """Llama, its biases as the config says: attention's on all four of its matrices."""
     bias = c.get("attention_bias", False)
     return decoder(c, lambda i: attention(c, qkv_bias=bias, out_bias=bias))
 

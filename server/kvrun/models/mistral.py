@@ -6,4 +6,5 @@ from kvrun.spec import Config, Model, architecture
 
 @architecture("MistralForCausalLM")
 def mistral(c: Config) -> Model:
+    """Mistral; no window in the config means none."""
     return decoder(c, lambda i: attention(c, window=c.get("sliding_window")))

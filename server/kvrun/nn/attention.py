@@ -26,6 +26,7 @@ class Attention:
     scores: Scores
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
+        """x [T, hidden] -> [T, hidden]"""
         both, heads = self.heads + self.kv_heads, self.heads
         qkv = self.qkv(x, step.lora).view(-1, both + self.kv_heads, self.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads:both], qkv[:, both:]

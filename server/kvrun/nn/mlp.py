@@ -20,6 +20,7 @@ class GatedMlp:
     act: str
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
+        """x [T, hidden] -> [T, hidden]"""
         return self.down(ops.act_mul(self.gate_up(x, step.lora), self.act), step.lora)
 
 
@@ -32,4 +33,5 @@ class Mlp:
     act: str
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
+        """x [T, hidden] -> [T, hidden]"""
         return self.down(ops.activation(self.up(x, step.lora), self.act), step.lora)

@@ -20,6 +20,7 @@ class RmsNorm:
     offset: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> a new [T, hidden]"""
         return ops.rms_norm(x, self.weight, self.eps, self.offset)
 
 
@@ -32,4 +33,5 @@ class LayerNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> a new [T, hidden]"""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)

@@ -15,9 +15,11 @@ class Dense:
     """One number per output and input."""
 
     def tensors(self) -> Mapping[str, Axes]:
+        """See LinearFormat."""
         return {"weight": Axes(out=0, inp=1)}
 
     def build(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> DenseLinear:
+        """See LinearFormat."""
         return DenseLinear(tensors["weight"].to(dtype))
 
 

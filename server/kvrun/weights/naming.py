@@ -19,6 +19,7 @@ class Naming:
     stored: str = ""
 
     def __call__(self, name: str) -> str:
+        """The stored name of a declared one."""
         return self.stored + name[len(self.declared) :] if name.startswith(self.declared) else name
 
 

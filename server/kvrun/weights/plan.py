@@ -40,10 +40,12 @@ class LinearPlan:
 
     @property
     def out_features(self) -> int:
+        """Outputs of this rank."""
         return sum(size(cut.rows) for cut in self.cuts)
 
     @property
     def in_features(self) -> int:
+        """Inputs of this rank."""
         return size(self.cuts[0].cols)
 
 

@@ -38,10 +38,12 @@ class HeadShare:
 
     @property
     def heads(self) -> int:
+        """How many query heads."""
         return self.query[1] - self.query[0]
 
     @property
     def kv_heads(self) -> int:
+        """How many key/value heads."""
         return self.kv[1] - self.kv[0]
 
 
