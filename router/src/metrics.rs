@@ -3,7 +3,7 @@
 //! `tgi_` names keep the dashboards of text-generation-inference alive; `kvrun_` names are what it did not measure.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -88,9 +88,9 @@ pub const AUTH_FAILURES: &str = "kvrun_auth_failures_total";
 /// Adapters that get a label of their own; later ones share "other".
 const LABELLED_ADAPTERS: usize = 64;
 
-const SECONDS: [f64; 20] = [
-    0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0,
-    8.0, 15.0, 30.0, 60.0, 120.0,
+const SECONDS: [f64; 24] = [
+    0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1,
+    0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0,
 ];
 const TOKENS: [f64; 14] = [
     1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 32768.0,
@@ -225,19 +225,23 @@ fn describe() {
 
 /// The label of an adapter: its name, "base", or "other" once too many names were seen.
 pub fn adapter_label(name: Option<&str>) -> String {
-    static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
-    let Some(name) = name else {
-        return "base".to_owned();
-    };
-    let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
-    let seen = seen.get_or_insert_default();
-    if seen.contains(name) {
-        return name.to_owned();
+    static SEEN: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
+    match name {
+        None => "base".to_owned(),
+        Some(name) => label_among(
+            &mut SEEN.lock().unwrap_or_else(PoisonError::into_inner),
+            name,
+        ),
     }
-    if seen.len() == LABELLED_ADAPTERS {
-        return "other".to_owned();
+}
+
+fn label_among(seen: &mut HashSet<String>, name: &str) -> String {
+    if !seen.contains(name) {
+        if seen.len() == LABELLED_ADAPTERS {
+            return "other".to_owned();
+        }
+        seen.insert(name.to_owned());
     }
-    seen.insert(name.to_owned());
     name.to_owned()
 }
 
@@ -306,4 +310,22 @@ pub fn record_answer(method: &'static str, figures: AnswerFigures) {
 pub fn record_failure(err: &'static str, route: &str) {
     counter!(REQUEST_FAILURE, "err" => err).increment(1);
     counter!(FAILURES, "err" => err, "route" => route.to_owned()).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapter_labels_are_bounded() {
+        let mut seen = HashSet::new();
+        let mut label = |number: usize| label_among(&mut seen, &format!("adapter-{number}"));
+        let labels: HashSet<String> = (0..200).map(&mut label).collect();
+        assert_eq!(labels.len(), LABELLED_ADAPTERS + 1);
+        assert_eq!(
+            (label(3), label(150)),
+            ("adapter-3".to_owned(), "other".to_owned())
+        );
+        assert_eq!(adapter_label(None), "base");
+    }
 }

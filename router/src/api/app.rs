@@ -2,9 +2,9 @@
 
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvrun_text::{ChatTemplates, TokenizerPool};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -72,6 +72,7 @@ pub struct Parts {
     /// When it was put together, in seconds since 1970.
     pub started: u64,
     permits: Arc<Semaphore>,
+    absent_since: Mutex<Option<Instant>>,
 }
 
 impl Deref for App {
@@ -95,6 +96,7 @@ impl App {
             text,
             templates,
             permits: Arc::new(Semaphore::new(settings.max_concurrent_requests)),
+            absent_since: Mutex::new(None),
             settings,
             page: crate::metrics::install(),
             pace: Pace::default(),
@@ -115,6 +117,19 @@ impl App {
                 );
                 ApiError::new(Kind::Overloaded, message).after(self.pace.wait(most))
             })
+    }
+
+    /// For how long no shard group has served, as far as those who asked could see.
+    pub fn absence(&self, ready: bool) -> Duration {
+        let mut since = self
+            .absent_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if ready {
+            *since = None;
+            return Duration::ZERO;
+        }
+        since.get_or_insert_with(Instant::now).elapsed()
     }
 }
 

@@ -112,7 +112,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
 pub async fn health(State(app): State<App>) -> Response {
     let status = app.engine.status();
     // A group that restarts keeps its requests: they wait a little and go on, so that alone is not ill health.
-    let serving = status.epoch > 0 && (status.ready || status.stalled < STALLED);
+    let serving = status.epoch > 0 && app.absence(status.ready) < STALLED;
     if serving && !status.draining && status.stalled < STALLED {
         return StatusCode::OK.into_response();
     }
