@@ -56,12 +56,10 @@ def _load(config: ServeConfig) -> Engine:
     threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
     torch.set_num_threads(threads)
     kvrun_kernels.set_num_threads(threads)
-    group = Group.single()
-    if config.world_size > 1:
-        try:
-            group = Group.join(str(config.rendezvous), config.rank, config.world_size)
-        except RuntimeError as error:
-            raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
+    try:
+        group = Group.join(config.rendezvous or "", config.rank, config.world_size)
+    except RuntimeError as error:
+        raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
     model = load_model(config.model_dir, dtype=config.dtype, device="cpu", group=group, quantize=config.quantize)
     kv_dtype = None if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, config.world_size)

@@ -39,8 +39,8 @@ class ServeConfig:
         args = _parser().parse_args(argv)
         if not 0 <= args.rank < args.world_size:
             raise ConfigError(f"--rank {args.rank} is not below --world-size {args.world_size}")
-        if args.world_size > 1 and args.rendezvous is None:
-            raise ConfigError(f"--world-size {args.world_size} needs --rendezvous, a fresh file that all ranks see")
+        if args.world_size > 1 and (args.rendezvous is None or not args.rendezvous.absolute().parent.is_dir()):
+            raise ConfigError(f"--world-size {args.world_size} needs --rendezvous, a fresh file in a folder that all ranks see")
         for name in ("num_threads", "kv_cache_bytes", "adapter_bytes"):
             if getattr(args, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; 0 chooses by itself")

@@ -39,7 +39,7 @@ class Grant:
 
 
 class Engine:
-    """This rank's model, its pages, its adapters and the sequences of the current epoch."""
+    """This rank's model, its pages, its adapters and the sequences of the current epoch. Raises OutOfMemory if no page fits."""
 
     def __init__(
         self, model: LoadedModel, group: Group, budget: MemoryBudget, page_tokens: int = 16, kv_dtype: torch.dtype | None = None
@@ -52,6 +52,7 @@ class Engine:
         self._budget = budget
         self._kv: KvPages | None = None
         self._sequences: SequenceTable | None = None
+        budget.pages(0, self.page_bytes, 0)  # a budget that holds no page is an error of the start, not of the first epoch
         self._limits = (0, 0)  # tokens and rows of one step
         self._number = 0
 
