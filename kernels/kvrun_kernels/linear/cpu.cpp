@@ -28,15 +28,21 @@ constexpr int64_t kBlock = kWide ? 512 : 256;
 // Rows of x that are laid out together.
 constexpr int64_t kSlab = 64 * kRows;
 
-// A vector of weights, and how one step of a sum uses it. `inputs`: of a step; `values`: of the laid out x.
+// A vector of weights, and how one step of a sum uses it with x broadcast to all lanes.
+// `inputs`: taken by a step; `values`: of the laid out x that hold them.
 template <class W>
 struct Widened {
   using Weight = W;
   using X = float;
   static constexpr int inputs = 1, values = 1;
+  struct Spread {
+    Floats x;
+    Spread(const float* from, int) : x(*from) {}
+  };
   Floats w;
-  explicit Widened(const W* p) : w(Floats::load(p)) {}
-  Floats add(const float* x, int, Floats sum) const { return fma(w, Floats(*x), sum); }
+  Widened() = default;
+  explicit Widened(const W* from) : w(Floats::load(from)) {}
+  Floats add(const Spread& x, Floats sum) const { return fma(w, x.x, sum); }
 };
 
 template <>
@@ -44,16 +50,19 @@ struct Widened<Bfloat16> {
   using Weight = Bfloat16;
   using X = float;
   static constexpr int inputs = 2, values = 2;
+  struct Spread {
+    Floats even, odd;
+    Spread(const float* from, int rows) : even(*from), odd(from[rows]) {}
+  };
   Floats even, odd;
-  explicit Widened(const Bfloat16* p) {
+  Widened() = default;
+  explicit Widened(const Bfloat16* from) {
     Floats::Words words;
-    memcpy(&words, p, sizeof words);
+    memcpy(&words, from, sizeof words);
     even = (Floats::Raw)(words << 16);
     odd = (Floats::Raw)(words & 0xffff0000u);
   }
-  Floats add(const float* x, int rows, Floats sum) const {
-    return fma(odd, Floats(x[rows]), fma(even, Floats(*x), sum));
-  }
+  Floats add(const Spread& x, Floats sum) const { return fma(odd, x.odd, fma(even, x.even, sum)); }
 };
 
 #if defined(__AVX512BF16__)
@@ -62,11 +71,14 @@ struct Dot {
   using Weight = Bfloat16;
   using X = uint32_t;
   static constexpr int inputs = 2, values = 1;
+  struct Spread {
+    __m512bh x;
+    Spread(const uint32_t* from, int) : x((__m512bh)_mm512_set1_epi32(int(*from))) {}
+  };
   __m512bh w;
-  explicit Dot(const Bfloat16* p) : w((__m512bh)_mm512_loadu_si512(p)) {}
-  Floats add(const uint32_t* x, int, Floats sum) const {
-    return Floats::Raw(_mm512_dpbf16_ps(sum.raw, w, (__m512bh)_mm512_set1_epi32(int(*x))));
-  }
+  Dot() = default;
+  explicit Dot(const Bfloat16* from) : w((__m512bh)_mm512_loadu_si512(from)) {}
+  Floats add(const Spread& x, Floats sum) const { return Floats::Raw(_mm512_dpbf16_ps(sum.raw, w, x.x)); }
 };
 #endif
 
@@ -86,16 +98,22 @@ void tile(const typename S::Weight* panel, int64_t panel_size, const typename S:
     const typename S::Weight* w = panel + part * lanes * S::inputs;
     const typename S::X* at = x;
     for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, at += R * S::values) {
+      S weights[P][V];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; p++) {
+      for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
           const typename S::Weight* from = w + p * panel_size + v * lanes * S::inputs;
           __builtin_prefetch(from + ahead);
-          const S weights(from);
-#pragma GCC unroll 12
-          for (int r = 0; r < R; r++) s[p][r][v] = weights.add(at + r, R, s[p][r][v]);
+          weights[p][v] = S(from);
         }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        const typename S::Spread value(at + r, R);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) s[p][r][v] = weights[p][v].add(value, s[p][r][v]);
       }
     }
     for (int p = 0; p < P; p++)
