@@ -1,4 +1,5 @@
 //! Everything a client can get wrong, one case each: the status, the kind, and a message that names the fault.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

@@ -1,4 +1,5 @@
 //! TGI's routes and the adapters' over a real shard wire: what is answered when all goes well.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

@@ -1,4 +1,5 @@
 //! The metrics page. All servers of this process share one recorder, so counts are compared as differences.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

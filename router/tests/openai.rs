@@ -1,4 +1,5 @@
 //! OpenAI's routes over a real shard wire.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

@@ -1,4 +1,5 @@
 //! Keys, limits and boundaries of the HTTP side.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

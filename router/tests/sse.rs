@@ -1,4 +1,5 @@
 //! Streams: their shape, their one terminal event, and what happens when either side leaves.
+#![allow(clippy::unwrap_used)]
 
 mod served;
 

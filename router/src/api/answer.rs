@@ -95,6 +95,7 @@ pub struct Generation {
     failed: Option<ApiError>,
     method: &'static str,
     adapter_label: String,
+    request_id: Arc<str>,
     arrived: Instant,
     last_token: Option<Instant>,
     /// The adapter it runs with.
@@ -147,6 +148,7 @@ impl Generation {
                     .as_ref()
                     .map(|adapter| adapter.name.as_str()),
             ),
+            request_id: caller.request_id.clone(),
             arrived: caller.arrived,
             last_token: None,
             adapter: checked.adapter.clone(),
@@ -286,6 +288,17 @@ impl Generation {
                 ))
             }
         }
+        tracing::info!(
+            request_id = &*self.request_id,
+            method = self.method,
+            adapter = self.adapter_label,
+            prompt_tokens = self.prompt.len(),
+            generated_tokens = self.figures.generated,
+            cached_tokens = self.figures.cached,
+            queue_ms = self.figures.queue.as_millis() as u64,
+            total_ms = self.figures.total.as_millis() as u64,
+            "answered"
+        );
         names::record_answer(
             self.method,
             names::AnswerFigures {

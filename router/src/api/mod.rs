@@ -16,6 +16,7 @@ mod invocations;
 pub mod openai;
 mod origin;
 pub mod request;
+mod sampling;
 mod sse;
 pub mod tgi;
 mod validate;

@@ -1,5 +1,5 @@
 //! A whole router over one fake shard, listening on a free port.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,4 +1,5 @@
 //! Joined deltas are the decoding of the whole, whatever the tokenizer and whatever the ids.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

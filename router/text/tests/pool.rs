@@ -1,4 +1,5 @@
 //! The tokenizer pool: limits before work, offsets in characters.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

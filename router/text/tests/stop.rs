@@ -1,4 +1,5 @@
 //! The stop matcher against a search over the whole text.
+#![allow(clippy::unwrap_used)]
 
 use kvrun_text::StopMatcher;
 use proptest::prelude::*;

@@ -1,4 +1,5 @@
 //! Chat templates as models bring them, and as an attacker would.
+#![allow(clippy::unwrap_used)]
 
 use kvrun_text::{ChatTemplates, TemplateError};
 use serde_json::json;

@@ -7,6 +7,7 @@ use axum::{Extension, Json};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
+use super::answers::*;
 use super::fields::{
     Frame, alternatives, chat_logprob, details, finish_reason, read, unix_seconds,
 };

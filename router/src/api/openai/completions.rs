@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures::StreamExt;
 
+use super::answers::*;
 use super::fields::{Frame, alternatives, details, finish_reason, read};
 use super::streams::{Indexed, tokens};
 use super::types::*;

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::answers::*;
 use super::types::*;
 use crate::api::App;
 use crate::api::answer::{EndReason, Figures, Generation, TextToken};

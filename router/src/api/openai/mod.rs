@@ -1,5 +1,6 @@
 //! OpenAI's routes: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
 
+pub mod answers;
 pub mod chat;
 pub mod completions;
 mod fields;

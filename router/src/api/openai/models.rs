@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 
-use super::types::{Model, ModelList};
+use super::answers::{Model, ModelList};
 use crate::api::App;
 use crate::api::error::{ApiError, Kind};
 use crate::request::AdapterState;

@@ -3,8 +3,8 @@
 use async_stream::stream;
 use futures::stream::{BoxStream, StreamExt, select_all};
 
+use super::answers::AnswerDetails;
 use super::fields::details;
-use super::types::AnswerDetails;
 use crate::api::answer::{EndReason, Figures, Generation, Part, TextToken};
 use crate::api::error::ApiError;
 

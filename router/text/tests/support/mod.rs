@@ -1,4 +1,5 @@
 //! Small tokenizers of every kind that matters, made here.
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::sync::Arc;
 
