@@ -11,7 +11,7 @@ PORT ?= 3000
 STAMPS := build/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-rust test-python check fmt install wheel bench tools native clean
+.PHONY: help run ui test test-rust test-python check fmt docs install wheel bench tools native clean
 
 help: ## What each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ wheel: install $(STAMPS)/test ## Wheels for `pip install`, in dist/
 	rm -rf dist && mkdir -p dist
 	$(BIN)/maturin build --release --locked --manifest-path server/dist/Cargo.toml --out dist
 	$(UV) build --wheel kernels --out-dir dist
+
+docs: $(STAMPS)/test ## Renew the support table in the README
+	PYTHONPATH=server:server/tests $(BIN)/python server/tests/support_table.py
 
 bench: install $(STAMPS)/test ## Speed of every kernel beside this machine's limits
 	PYTHONPATH=kernels $(BIN)/python -m kvrun_kernels.bench

@@ -1,11 +1,13 @@
 """One file per family of architectures. Importing this package registers all of them."""
 
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-from kvrun.models import falcon, gpt2, llama, mistral, qwen2
 from kvrun.spec import Config, Model, model_of
 
-__all__ = ["falcon", "gpt2", "llama", "mistral", "qwen2", "read"]
+for _family in iter_modules(__path__):
+    import_module(f"{__name__}.{_family.name}")
 
 
 def read(folder: str | Path) -> tuple[Config, Model]:

@@ -102,7 +102,7 @@ class Tree:
         answer = Answer()
         with (
             self.client() as http,
-            http.stream("POST", "/generate_stream", json={"inputs": prompt, "parameters": parameters}) as reply,
+            http.stream("POST", "/generate_stream", json={"inputs": prompt, "parameters": {"details": True, **parameters}}) as reply,
         ):
             if reply.status_code != 200:
                 answer.error = f"{reply.status_code}: {reply.read().decode()}"

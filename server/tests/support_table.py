@@ -1,0 +1,48 @@
+"""The README's table of what is supported, made from the registry and from the rows that the tests cover.
+
+`python server/tests/support_table.py` rewrites the table in place (`make docs`); a test fails when it is stale.
+"""
+
+import re
+from pathlib import Path
+
+from kvrun import models  # noqa: F401  (importing the package registers every family)
+from kvrun.spec import registry
+from tiny import ROWS
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+START, END = "<!-- support table: make docs -->\n", "<!-- end of support table -->"
+RANKS = "1, 2, 3"  # the worlds of test_parity.py
+
+
+def architecture_of(kind: str) -> str:
+    """The class name that transformers writes into `architectures` for a model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+
+
+def table() -> str:
+    """One line for each architecture: the families, where it is described, and what it is tested as."""
+    tested: dict[str, list[str]] = {}
+    for row, (kind, _) in ROWS.items():
+        tested.setdefault(architecture_of(kind), []).append(row)
+    lines = [
+        "| architecture | described in | compared with transformers as | ranks | LoRA | weights | in, out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in registry.served():
+        describer = registry.describer(name)
+        source = f"server/kvrun/{describer.__module__.removeprefix('kvrun.').replace('.', '/')}.py"
+        rows = ", ".join(tested.get(name, [])) or "the same description as its neighbour"
+        lines.append(f"| `{name}` | [{Path(source).name}]({source}) | {rows} | {RANKS} | every linear of a layer | float32, bfloat16, float16 | text |")
+    return "\n".join(lines) + "\n"
+
+
+def renewed(text: str) -> str:
+    """The README's text with the table of today."""
+    return re.sub(re.escape(START) + ".*?" + re.escape(END), START + table() + END, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text()))
