@@ -145,8 +145,8 @@ mod tests {
         fairness.charge(loud, None, 1000);
         let quiet = fairness.open(&quiet, None);
         assert_eq!(
-            fairness.rank(quiet, None, Time::ZERO),
-            fairness.rank(loud, None, Time::ZERO)
+            fairness.rank(quiet, None, Time::ZERO).0,
+            fairness.rank(loud, None, Time::ZERO).0
         );
         fairness.charge(loud, None, 10);
         assert!(fairness.rank(quiet, None, Time::ZERO) < fairness.rank(loud, None, Time::ZERO));

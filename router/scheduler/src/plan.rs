@@ -107,8 +107,9 @@ impl Scheduler {
         admit: &mut Vec<Admission>,
     ) {
         if self.running.contains(&suspect) {
-            self.grow(suspect);
-            self.continue_row(suspect, draft);
+            if self.grow(suspect) {
+                self.continue_row(suspect, draft);
+            }
             return;
         }
         let adapter = self

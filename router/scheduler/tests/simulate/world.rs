@@ -1,0 +1,875 @@
+//! The simulated world: clients, a clock, a strict shard, and everything that can go wrong between them.
+
+use kvrun_fake_shard::faults::{Faults, Mark};
+use kvrun_fake_shard::ledger::{Breach, Ledger, Sizes};
+use kvrun_fake_shard::tokens;
+use kvrun_scheduler::{
+    Acceptance, AdapterId, AdapterOrder, Config, Event, Failure, Finish, Grant, LoadFault, Model,
+    PlantedBug, Refusal, Reply, Request, RowReply, Scheduler, Step, Time, What,
+};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+const VOCABULARY: u32 = 500;
+/// A prompt or answer with this token fails its row.
+const BAD: u32 = 1;
+/// The shard dies whenever it computes a sequence with this token.
+const POISON: u32 = 2;
+const END: u32 = 3;
+/// Deaths in flight without a token in between that may end a request.
+const DEADLY: u32 = 3;
+
+macro_rules! hold {
+    ($holds:expr, $($text:tt)*) => {
+        if !$holds {
+            return Err(format!($($text)*));
+        }
+    };
+}
+
+/// How often the interesting things happened, over all seeds.
+#[derive(Debug, Default)]
+pub struct Seen {
+    steps: u64,
+    finished: u64,
+    cancelled: u64,
+    deadlines: u64,
+    row_errors: u64,
+    deaths: u64,
+    culprits: u64,
+    replays: u64,
+    preemptions: u64,
+    cached_tokens: u64,
+    stale: u64,
+    adapter_failures: u64,
+    evictions: u64,
+    refusals: u64,
+}
+
+impl Seen {
+    pub fn add(&mut self, other: Self) {
+        for (mine, theirs) in self.all().into_iter().zip(other.values()) {
+            *mine += theirs;
+        }
+    }
+
+    /// A simulator in which something never happens proves nothing about it.
+    pub fn assert_everything_happened(&self) {
+        assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
+    }
+
+    fn all(&mut self) -> [&mut u64; 14] {
+        [
+            &mut self.steps,
+            &mut self.finished,
+            &mut self.cancelled,
+            &mut self.deadlines,
+            &mut self.row_errors,
+            &mut self.deaths,
+            &mut self.culprits,
+            &mut self.replays,
+            &mut self.preemptions,
+            &mut self.cached_tokens,
+            &mut self.stale,
+            &mut self.adapter_failures,
+            &mut self.evictions,
+            &mut self.refusals,
+        ]
+    }
+
+    fn values(&self) -> [u64; 14] {
+        [
+            self.steps,
+            self.finished,
+            self.cancelled,
+            self.deadlines,
+            self.row_errors,
+            self.deaths,
+            self.culprits,
+            self.replays,
+            self.preemptions,
+            self.cached_tokens,
+            self.stale,
+            self.adapter_failures,
+            self.evictions,
+            self.refusals,
+        ]
+    }
+}
+
+struct Client {
+    request: Request,
+    sampling: kvrun_proto::Sampling,
+    /// The answer alone, known from the first token on.
+    expected: Option<Vec<u32>>,
+    got: Vec<u32>,
+    ended: bool,
+    strikes: u32,
+    recovering_since: Option<Time>,
+}
+
+struct Folder {
+    digest: String,
+    bytes: u64,
+    loaded: Option<String>,
+    broken: bool,
+    left: bool,
+    was_unusable: bool,
+}
+
+enum Call {
+    Load(AdapterId, u64),
+    Unload(u64),
+}
+
+pub struct World {
+    rng: StdRng,
+    told: bool,
+    now: Time,
+    scheduler: Scheduler,
+    shard: Option<Ledger>,
+    sizes: Sizes,
+    adapter_bytes: u64,
+    epoch: u64,
+    /// The step in flight and what the shard will say.
+    in_flight: Option<(Step, Reply)>,
+    faults: Faults,
+    clients: BTreeMap<u64, Client>,
+    folders: BTreeMap<AdapterId, Folder>,
+    calls: Vec<Call>,
+    prompts: Vec<Vec<u32>>,
+    shrunk: bool,
+    seen: Seen,
+}
+
+impl World {
+    pub fn new(seed: u64, planted: Option<PlantedBug>, told: bool) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let sizes = Sizes {
+            pages: rng.random_range(6..60),
+            page_tokens: rng.random_range(1..5),
+            step_tokens: rng.random_range(1..40),
+            step_rows: rng.random_range(1..10),
+            vocabulary: VOCABULARY,
+            positions: rng.random_range(20..200),
+        };
+        let config = Config {
+            step_tokens: sizes.step_tokens,
+            step_rows: sizes.step_rows,
+            max_tokens: u32::MAX,
+            queue_requests: rng.random_range(1..24),
+            queue_tokens: if rng.random_bool(0.5) { 0 } else { 400 },
+            share_prefixes: rng.random_bool(0.5),
+        };
+        let mut scheduler = Scheduler::new(config);
+        if let Some(bug) = planted {
+            scheduler.plant(bug);
+        }
+        let faults = Faults::default();
+        faults.mark(BAD, Mark::RowError("nan_logits".to_owned()));
+        faults.mark(POISON, Mark::Poison);
+        let prompts = (0..3)
+            .map(|_| {
+                let length = rng.random_range(1..30);
+                (0..length)
+                    .map(|_| rng.random_range(4..VOCABULARY))
+                    .collect()
+            })
+            .collect();
+        let adapter_bytes = rng.random_range(10..60);
+        Self {
+            rng,
+            told,
+            now: Time::ZERO,
+            scheduler,
+            shard: None,
+            sizes,
+            adapter_bytes,
+            epoch: 0,
+            in_flight: None,
+            faults,
+            clients: BTreeMap::new(),
+            folders: BTreeMap::new(),
+            calls: Vec::new(),
+            prompts,
+            shrunk: false,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Runs to the end of the story and then until everything is given back.
+    pub fn run(mut self) -> Result<Seen, String> {
+        let acts = self.rng.random_range(40..220);
+        for _ in 0..acts {
+            self.act()?;
+            self.check()?;
+        }
+        self.calm()?;
+        let load = self.scheduler.load();
+        self.seen.preemptions = load.preemptions;
+        self.seen.replays = load.replays;
+        Ok(self.seen)
+    }
+
+    fn tell(&self, text: impl FnOnce() -> String) {
+        if self.told {
+            println!("{:>9.3} {}", self.now.as_secs_f64(), text());
+        }
+    }
+
+    fn act(&mut self) -> Result<(), String> {
+        self.now += Time::from_millis(self.rng.random_range(0..40));
+        match self.rng.random_range(0..100) {
+            0..18 => self.submit(),
+            18..22 => self.cancel(),
+            22..24 => self.die("killed"),
+            24 => {
+                self.now += Time::from_secs(self.rng.random_range(1..200));
+                self.tell(|| "the clock jumps".to_owned());
+                self.turn()
+            }
+            25..33 => self.churn(),
+            33..45 => self.finish_call(),
+            _ if self.shard.is_none() => self.begin(),
+            _ => self.turn(),
+        }
+    }
+
+    fn begin(&mut self) -> Result<(), String> {
+        self.epoch += self.rng.random_range(1..3);
+        let mut sizes = self.sizes;
+        if self.rng.random_bool(0.05) {
+            sizes.pages = (sizes.pages / 2).max(1);
+            self.shrunk = true;
+        }
+        self.shard = Some(Ledger::new(sizes));
+        let grant = Grant {
+            epoch: self.epoch,
+            pages: sizes.pages as u32,
+            adapter_bytes: self.adapter_bytes,
+            model: Model {
+                digest: "model".to_owned(),
+                page_tokens: sizes.page_tokens,
+                vocabulary: VOCABULARY,
+                positions: sizes.positions,
+            },
+        };
+        self.tell(|| format!("epoch {} begins with {} pages", grant.epoch, grant.pages));
+        self.scheduler.begin_epoch(self.now, grant);
+        self.hear(None)
+    }
+
+    fn die(&mut self, why: &str) -> Result<(), String> {
+        if self.shard.take().is_none() {
+            return Ok(());
+        }
+        self.tell(|| format!("the shard dies: {why}"));
+        self.seen.deaths += 1;
+        self.calls.clear();
+        self.folders
+            .values_mut()
+            .for_each(|folder| folder.loaded = None);
+        if let Some((step, _)) = self.in_flight.take() {
+            for row in &step.rows {
+                let alone = step.rows.len() == 1;
+                if let Some(client) = self
+                    .clients
+                    .get_mut(&row.sequence)
+                    .filter(|client| !client.ended)
+                {
+                    client.strikes += 1;
+                    hold!(
+                        client.strikes < DEADLY || alone,
+                        "request {} is blamed among others",
+                        row.sequence
+                    );
+                }
+            }
+        }
+        for client in self.clients.values_mut() {
+            client.recovering_since.get_or_insert(self.now);
+        }
+        self.scheduler.lose_epoch(self.now);
+        self.hear(None)
+    }
+
+    fn submit(&mut self) -> Result<(), String> {
+        let mut prompt = self
+            .prompts
+            .choose(&mut self.rng)
+            .cloned()
+            .unwrap_or_default();
+        prompt.truncate(self.rng.random_range(1..=prompt.len()));
+        let tail = self.rng.random_range(0..6);
+        prompt.extend((0..tail).map(|_| self.rng.random_range(4..VOCABULARY)));
+        match self.rng.random_range(0..60) {
+            0 => prompt.push(POISON),
+            1 | 2 => prompt.push(BAD),
+            _ => {}
+        }
+        let registered: Vec<_> = self.folders.keys().copied().collect();
+        let adapter = match self.rng.random_bool(0.5) {
+            true => registered.choose(&mut self.rng).copied(),
+            false => None,
+        };
+        let deadline = self
+            .rng
+            .random_bool(0.1)
+            .then(|| self.now + Time::from_secs(self.rng.random_range(0..30)));
+        let request = Request {
+            prompt: Arc::from(prompt),
+            adapter,
+            max_new_tokens: self.rng.random_range(1..40),
+            end_tokens: Arc::from([END]),
+            tenant: Arc::from(["a", "b", "c"][self.rng.random_range(0..3)]),
+            deadline,
+            reuse_prefix: self.rng.random_bool(0.9),
+        };
+        let sampling = kvrun_proto::Sampling {
+            temperature: 1.0,
+            seed: self.rng.random(),
+            ..Default::default()
+        };
+        let total = request.prompt.len() as u32 + request.max_new_tokens;
+        match self.scheduler.submit(self.now, request.clone()) {
+            Ok(id) => {
+                self.tell(|| format!("request {id}: {request:?}"));
+                let client = Client {
+                    request,
+                    sampling,
+                    expected: None,
+                    got: Vec::new(),
+                    ended: false,
+                    strikes: 0,
+                    recovering_since: None,
+                };
+                self.clients.insert(id, client);
+            }
+            Err(refusal) => {
+                self.seen.refusals += 1;
+                match refusal {
+                    Refusal::NotReady => {
+                        hold!(self.epoch == 0, "not ready in epoch {}", self.epoch)
+                    }
+                    Refusal::TooLong { asked, limit } => {
+                        hold!(
+                            asked == total && total > limit,
+                            "{total} tokens refused under {limit}"
+                        );
+                    }
+                    Refusal::UnknownAdapter => {
+                        let folder = adapter.and_then(|id| self.folders.get(&id));
+                        hold!(
+                            folder.is_some_and(|folder| folder.left || folder.was_unusable),
+                            "a good adapter is unknown"
+                        );
+                    }
+                    Refusal::Overloaded(after) => {
+                        hold!(
+                            after >= Time::from_secs(1) && after <= Time::from_secs(60),
+                            "retry after {after:?}"
+                        );
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn cancel(&mut self) -> Result<(), String> {
+        let open: Vec<u64> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| !client.ended)
+            .map(|(&id, _)| id)
+            .collect();
+        if let Some(&id) = open.choose(&mut self.rng) {
+            self.tell(|| format!("request {id} is cancelled"));
+            self.scheduler.cancel(self.now, id);
+            self.clients.remove(&id);
+            self.seen.cancelled += 1;
+        }
+        self.hear(None)
+    }
+
+    /// Adapters are registered, unloaded, pinned, asked for again, or changed on disk.
+    fn churn(&mut self) -> Result<(), String> {
+        let registered: Vec<_> = self.folders.keys().copied().collect();
+        let Some(&id) = registered
+            .choose(&mut self.rng)
+            .filter(|_| self.rng.random_bool(0.6))
+        else {
+            let pinned = self.rng.random_bool(0.1);
+            let id = self.scheduler.adapters_mut().register(0, pinned, self.now);
+            let folder = Folder {
+                digest: format!("digest {}", self.rng.random_range(0..1000)),
+                bytes: self.rng.random_range(1..40),
+                loaded: None,
+                broken: self.rng.random_bool(0.1),
+                left: false,
+                was_unusable: false,
+            };
+            self.tell(|| format!("adapter {} of {} bytes is registered", id.0, folder.bytes));
+            self.folders.insert(id, folder);
+            return self.orders();
+        };
+        let adapters = self.scheduler.adapters_mut();
+        match self.rng.random_range(0..8) {
+            0..3 => {
+                adapters.leave(id);
+                self.folders
+                    .get_mut(&id)
+                    .into_iter()
+                    .for_each(|folder| folder.left = true);
+                self.tell(|| format!("adapter {} leaves", id.0));
+            }
+            3 => {
+                adapters.pin(id, self.rng.random_bool(0.3));
+            }
+            4 => {
+                let digest = format!("changed {}", self.rng.random_range(0..1000));
+                self.folders
+                    .get_mut(&id)
+                    .into_iter()
+                    .for_each(|folder| folder.digest = digest.clone());
+            }
+            _ => adapters.want(id),
+        }
+        self.orders()
+    }
+
+    fn orders(&mut self) -> Result<(), String> {
+        for order in self.scheduler.plan_adapters(self.now) {
+            self.tell(|| format!("{order:?}"));
+            self.calls.push(match order {
+                AdapterOrder::Load { adapter, handle } => Call::Load(adapter, handle),
+                AdapterOrder::Unload { handle } => Call::Unload(handle),
+            });
+        }
+        self.hear(None)
+    }
+
+    fn finish_call(&mut self) -> Result<(), String> {
+        if self.calls.is_empty() {
+            return self.orders();
+        }
+        let index = self.rng.random_range(0..self.calls.len());
+        let call = self.calls.swap_remove(index);
+        let Some(shard) = &mut self.shard else {
+            return Err("a call outlived its epoch".to_owned());
+        };
+        match call {
+            Call::Unload(handle) => {
+                shard
+                    .unload(handle)
+                    .map_err(|breach| format!("{breach:?}"))?;
+                self.seen.evictions += 1;
+                self.scheduler.adapter_unloaded(handle);
+            }
+            Call::Load(id, handle) => {
+                let folder = self
+                    .folders
+                    .get_mut(&id)
+                    .ok_or("an unknown adapter is loaded")?;
+                if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes {
+                    let fault = if folder.broken {
+                        LoadFault::Unfit
+                    } else {
+                        LoadFault::NoRoom
+                    };
+                    self.scheduler
+                        .adapter_load_failed(self.now, handle, fault, "it does not load");
+                } else {
+                    let adapter = kvrun_fake_shard::adapter::Adapter {
+                        digest: folder.digest.clone(),
+                        bytes: folder.bytes,
+                        rank: 8,
+                        targets: Vec::new(),
+                    };
+                    shard
+                        .load(handle, adapter)
+                        .map_err(|breach| format!("{breach:?}"))?;
+                    folder.loaded = Some(folder.digest.clone());
+                    self.scheduler
+                        .adapter_loaded(self.now, handle, &folder.digest, folder.bytes);
+                }
+            }
+        }
+        self.orders()
+    }
+
+    /// Either the next step is planned, or the one in flight is answered; both may go wrong.
+    fn turn(&mut self) -> Result<(), String> {
+        self.orders()?;
+        if self.shard.is_none() {
+            return Ok(());
+        }
+        let Some((step, reply)) = self.in_flight.take() else {
+            return self.plan();
+        };
+        let dice = self.rng.random_range(0..100);
+        self.in_flight = Some((step, reply.clone()));
+        match dice {
+            // A reply that never comes is found by the watchdog.
+            0 => return self.die("it hangs"),
+            1..4 => self.whisper(&reply)?,
+            4 if !reply.rows.is_empty() => {
+                let mut broken = reply.clone();
+                broken.rows.pop();
+                hold!(
+                    self.scheduler.commit(self.now, &broken).is_err(),
+                    "a reply without a row was taken"
+                );
+                return self.die("it breaks the protocol");
+            }
+            _ => {}
+        }
+        self.in_flight = None;
+        let accepted = self
+            .scheduler
+            .commit(self.now, &reply)
+            .map_err(|violation| violation.to_string())?;
+        hold!(
+            accepted == Acceptance::Committed,
+            "a good reply was dropped"
+        );
+        self.hear(Some(&reply))?;
+        if (4..8).contains(&dice) {
+            self.seen.stale += 1;
+            let accepted = self
+                .scheduler
+                .commit(self.now, &reply)
+                .map_err(|violation| violation.to_string())?;
+            hold!(accepted == Acceptance::Stale, "a reply was taken twice");
+        }
+        if self.rng.random_bool(0.8) {
+            self.plan()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// An old epoch speaks: the right rows, other tokens.
+    fn whisper(&mut self, reply: &Reply) -> Result<(), String> {
+        let mut old = reply.clone();
+        old.epoch -= 1;
+        for token in old.rows.iter_mut().flat_map(|row| &mut row.tokens) {
+            *token = (*token + 1) % VOCABULARY;
+        }
+        self.seen.stale += 1;
+        let accepted = self
+            .scheduler
+            .commit(self.now, &old)
+            .map_err(|violation| violation.to_string())?;
+        if accepted == Acceptance::Committed {
+            return self
+                .hear(Some(&old))
+                .and(Err("a reply of an old epoch was taken".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self) -> Result<(), String> {
+        let planned = self.scheduler.plan(self.now);
+        self.hear(None)?;
+        let late = self.clients.iter().find(|(_, client)| {
+            !client.ended
+                && client
+                    .request
+                    .deadline
+                    .is_some_and(|deadline| deadline <= self.now)
+        });
+        hold!(
+            late.is_none(),
+            "request {:?} outlived its deadline",
+            late.map(|(id, _)| id)
+        );
+        let (Some(step), Some(shard)) = (planned, &mut self.shard) else {
+            return Ok(());
+        };
+        self.seen.steps += 1;
+        let wire = wire(&self.scheduler, &step, &self.clients);
+        let computed = shard.step(&wire, &self.faults);
+        self.tell(|| format!("{step:?} -> {computed:?}"));
+        match computed {
+            Ok(rows) => {
+                let rows = rows.into_iter().map(|row| RowReply {
+                    sequence: row.sequence,
+                    tokens: row.tokens.iter().map(|token| token.id).collect(),
+                    error: (!row.error.is_empty()).then_some(row.error),
+                });
+                let reply = Reply {
+                    epoch: step.epoch,
+                    number: step.number,
+                    rows: rows.collect(),
+                };
+                self.in_flight = Some((step, reply));
+                Ok(())
+            }
+            Err(Breach::Rule(text)) => Err(text),
+            Err(Breach::Poison) => {
+                let (epoch, number, rows) = (step.epoch, step.number, Vec::new());
+                self.in_flight = Some((
+                    step,
+                    Reply {
+                        epoch,
+                        number,
+                        rows,
+                    },
+                ));
+                self.die("poison")
+            }
+        }
+    }
+
+    fn hear(&mut self, reply: Option<&Reply>) -> Result<(), String> {
+        for event in self.scheduler.take_events() {
+            self.tell(|| format!("{event:?}"));
+            let id = event.request;
+            let Some(mut client) = self.clients.remove(&id) else {
+                return Err(format!("an event of a cancelled request: {event:?}"));
+            };
+            hold!(!client.ended, "an event after the terminal one: {event:?}");
+            self.happened(&mut client, event, reply)?;
+            self.clients.insert(id, client);
+        }
+        Ok(())
+    }
+
+    fn happened(
+        &mut self,
+        client: &mut Client,
+        event: Event,
+        reply: Option<&Reply>,
+    ) -> Result<(), String> {
+        let tainted = |token| client.request.prompt.contains(&token) || client.got.contains(&token);
+        match event.what {
+            What::Started { cached_tokens, .. } => {
+                hold!(
+                    cached_tokens < client.request.prompt.len() as u32,
+                    "the whole prompt was cached"
+                );
+                hold!(
+                    cached_tokens == 0 || client.request.reuse_prefix,
+                    "a prefix was reused against the wish"
+                );
+                self.seen.cached_tokens += u64::from(cached_tokens);
+            }
+            What::Token { row, place } => {
+                let reply = reply.ok_or("a token without a reply")?;
+                let token = reply.rows[row].tokens[place];
+                hold!(
+                    reply.rows[row].sequence == event.request,
+                    "somebody else's token"
+                );
+                if client.expected.is_none() {
+                    let folder = client.request.adapter.and_then(|id| self.folders.get(&id));
+                    let digest = folder
+                        .and_then(|folder| folder.loaded.as_deref())
+                        .unwrap_or("");
+                    client.expected = Some(tokens::answer(
+                        &client.request.prompt,
+                        digest,
+                        &client.sampling,
+                        client.request.max_new_tokens,
+                        &client.request.end_tokens,
+                        VOCABULARY,
+                    ));
+                }
+                let place = client.got.len();
+                let expected = client
+                    .expected
+                    .as_ref()
+                    .and_then(|all| all.get(place))
+                    .copied();
+                hold!(
+                    expected == Some(token),
+                    "request {}: token {place} is {token}, alone it is {expected:?}",
+                    event.request
+                );
+                client.got.push(token);
+                client.strikes = 0;
+                client.recovering_since = None;
+            }
+            What::Finished(finish) => {
+                hold!(
+                    client.expected.as_ref() == Some(&client.got),
+                    "finished before the end"
+                );
+                let ends = client.got.last() == Some(&END);
+                hold!(
+                    ends == (finish == Finish::EndToken),
+                    "{finish:?} after {:?}",
+                    client.got.last()
+                );
+                client.ended = true;
+                self.seen.finished += 1;
+            }
+            What::Failed(failure) => {
+                match &failure {
+                    Failure::Row(_) => {
+                        hold!(tainted(BAD), "a good row failed");
+                        self.seen.row_errors += 1;
+                    }
+                    Failure::Deadline => {
+                        hold!(
+                            client
+                                .request
+                                .deadline
+                                .is_some_and(|deadline| deadline <= self.now),
+                            "failed too early"
+                        );
+                        self.seen.deadlines += 1;
+                    }
+                    Failure::Adapter(_) => {
+                        if let Some(folder) = client
+                            .request
+                            .adapter
+                            .and_then(|id| self.folders.get_mut(&id))
+                        {
+                            folder.was_unusable = true;
+                        }
+                        hold!(
+                            client.request.adapter.is_some(),
+                            "the base model failed as an adapter"
+                        );
+                        self.seen.adapter_failures += 1;
+                    }
+                    Failure::Unavailable(_) => {
+                        let waited = client
+                            .recovering_since
+                            .map(|since| self.now.saturating_sub(since));
+                        let late = waited.is_some_and(|waited| waited >= Time::from_secs(120));
+                        hold!(
+                            client.strikes >= DEADLY || late || self.shrunk,
+                            "given up without reason"
+                        );
+                        self.seen.culprits +=
+                            u64::from(client.strikes >= DEADLY && tainted(POISON));
+                    }
+                    Failure::ShuttingDown => return Err("nobody shuts down".to_owned()),
+                }
+                client.ended = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Invariants between two events.
+    fn check(&mut self) -> Result<(), String> {
+        for (id, view) in self.scheduler.adapters().iter() {
+            if let (kvrun_scheduler::Residency::Failed { .. }, Some(folder)) =
+                (&view.residency, self.folders.get_mut(&id))
+            {
+                folder.was_unusable = true;
+            }
+        }
+        self.scheduler.audit()?;
+        let open = self.clients.values().filter(|client| !client.ended).count();
+        for (id, client) in &self.clients {
+            let journal = self.scheduler.journal(*id).map(|journal| journal.answer());
+            match (client.ended, journal) {
+                (true, None) => {}
+                (false, Some(answer)) => hold!(
+                    answer == client.got,
+                    "request {id} was told other tokens than its journal has"
+                ),
+                (ended, _) => {
+                    return Err(format!(
+                        "request {id} ended: {ended}, and the scheduler thinks otherwise"
+                    ));
+                }
+            }
+        }
+        let load = self.scheduler.load();
+        hold!(
+            load.waiting as usize + load.running as usize == open,
+            "{open} requests are open, {load:?}"
+        );
+        Ok(())
+    }
+
+    /// No more faults: everything open must end and everything must be given back.
+    fn calm(&mut self) -> Result<(), String> {
+        self.told.then(|| println!("-- calm"));
+        self.folders
+            .values_mut()
+            .for_each(|folder| folder.left = true);
+        for turn in 0.. {
+            hold!(turn < 20_000, "stuck: {:?}", self.scheduler.load());
+            self.now += Time::from_millis(20);
+            if self.shard.is_none() {
+                self.begin()?;
+            }
+            self.orders()?;
+            while !self.calls.is_empty() {
+                self.finish_call()?;
+            }
+            match self.in_flight.take() {
+                None => self.plan()?,
+                Some((_, reply)) => {
+                    self.scheduler
+                        .commit(self.now, &reply)
+                        .map_err(|violation| violation.to_string())?;
+                    self.hear(Some(&reply))?;
+                }
+            }
+            if turn % 16 == 0 {
+                self.check()?;
+            }
+            if self.clients.values().all(|client| client.ended) && self.in_flight.is_none() {
+                for id in self.folders.keys() {
+                    self.scheduler.adapters_mut().leave(*id);
+                }
+                if self.scheduler.is_idle() && self.scheduler.adapters().iter().next().is_none() {
+                    break;
+                }
+            }
+        }
+        self.check()?;
+        let pages = self.scheduler.load().pages;
+        hold!(pages.used == 0, "{pages:?} at idle");
+        if let Some(shard) = &self.shard {
+            let held = (shard.live(), shard.pages_in_use(), shard.adapters());
+            hold!(
+                held == (0, 0, 0),
+                "the shard still holds {held:?} (sequences, pages, adapters)"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A step as the shard gets it.
+fn wire(scheduler: &Scheduler, step: &Step, clients: &BTreeMap<u64, Client>) -> kvrun_proto::Step {
+    let admit = step.admit.iter().filter_map(|admission| {
+        let journal = scheduler.journal(admission.sequence)?;
+        Some(kvrun_proto::Admit {
+            sequence: admission.sequence,
+            tokens: [journal.prompt(), journal.answer()].concat(),
+            prompt_tokens: journal.prompt().len() as u32,
+            sampling: clients
+                .get(&admission.sequence)
+                .map(|client| client.sampling.clone()),
+            adapter: admission.adapter,
+        })
+    });
+    let rows = step.rows.iter().map(|row| kvrun_proto::Row {
+        sequence: row.sequence,
+        start: row.start,
+        tokens: row.tokens,
+        pages: row.pages.clone(),
+        sample: row.sample,
+        drafts: Vec::new(),
+    });
+    kvrun_proto::Step {
+        epoch: step.epoch,
+        number: step.number,
+        release: step.release.clone(),
+        admit: admit.collect(),
+        rows: rows.collect(),
+    }
+}
