@@ -14,4 +14,4 @@ pub mod request;
 mod run;
 pub mod server;
 
-pub use run::{Listeners, run, run_from_args};
+pub use run::{Listeners, run, run_from_args, run_with};

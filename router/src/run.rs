@@ -1,5 +1,6 @@
 //! The life of the process: flags, listeners, engine, drain.
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpListener as StdListener};
@@ -89,26 +90,28 @@ pub async fn run(
 
 /// The whole program `text-generation-router`.
 pub fn run_from_args() -> ExitCode {
-    let args = match Args::try_parse() {
+    ExitCode::from(run_with(std::env::args_os()))
+}
+
+/// The same with other arguments, the program's name first; gives the exit code.
+pub fn run_with(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let args = match Args::try_parse_from(args) {
         Ok(args) => args,
         Err(error) => {
+            // Where even this cannot be written, the code has to do.
             let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::from(10)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return if error.use_stderr() { 10 } else { 0 };
         }
     };
     if let Err(error) = log(&args) {
         eprintln!("{error}");
-        return ExitCode::from(error.code);
+        return error.code;
     }
     match start(args) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             tracing::error!(exit_code = error.code, "{error}");
-            ExitCode::from(error.code)
+            error.code
         }
     }
 }
@@ -184,26 +187,21 @@ fn start(args: Args) -> Result<(), Fatal> {
         // The page must exist before the engine counts anything.
         crate::metrics::install();
         let app = App::new(Engine::start(options), text, templates, settings);
-        let served = run(listeners, app, grace, async {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        let (stop, engine) = (CancellationToken::new(), app.engine.clone());
+        let stopped = stop.clone().cancelled_owned();
+        let watch = tokio::spawn(async move {
+            let mut next = async || {
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            };
+            next().await;
+            stop.cancel();
+            next().await;
+            tracing::warn!("second signal: open answers end now");
+            engine.drain(Duration::ZERO).await;
         });
-        tokio::pin!(served);
-        let (mut terminate, mut interrupt) = (
-            signal(SignalKind::terminate()).map_err(bug)?,
-            signal(SignalKind::interrupt()).map_err(bug)?,
-        );
-        let mut signals = 0;
-        loop {
-            tokio::select! {
-                () = served.as_mut() => return Ok(()),
-                _ = terminate.recv() => signals += 1,
-                _ = interrupt.recv() => signals += 1,
-            }
-            if signals > 1 {
-                tracing::warn!("second signal: ending without waiting for open answers");
-                return Ok(());
-            }
-        }
+        run(listeners, app, grace, stopped).await;
+        watch.abort();
+        Ok(())
     })
 }
 

@@ -139,7 +139,7 @@ fn settings(home: &Path) -> Settings {
 }
 
 /// A byte tokenizer for prompts; most ids that the fake samples are words, some are bytes of half characters.
-fn write_model(home: &Path) {
+pub fn write_model(home: &Path) {
     let printable = |byte: u32| {
         (33..=126).contains(&byte) || (161..=172).contains(&byte) || (174..=255).contains(&byte)
     };
