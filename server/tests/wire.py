@@ -11,8 +11,8 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from kvrun.engine.sampling import Sampling
-from kvrun.engine.sequence import Outcome, RowOutcome, Step, TokenLogprob
+from kvrun.engine.sampling import Sampling, TokenLogprob
+from kvrun.engine.sequence import Outcome, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
 

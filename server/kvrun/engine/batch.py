@@ -23,14 +23,14 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
     """Lay the rows' tokens end to end, in the order given. At least one row."""
     counts = np.fromiter((row.tokens for row, _ in work), np.int64, len(work))
     starts = np.fromiter((row.start for row, _ in work), np.int64, len(work))
-    query_start = np.zeros(len(work) + 1, np.int32)
+    query_start: np.ndarray = np.zeros(len(work) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
 
-    page_table = np.zeros((len(work), max(len(sequence.pages) for _, sequence in work)), np.int32)
+    page_table: np.ndarray = np.zeros((len(work), max(len(sequence.pages) for _, sequence in work)), np.int32)
     for row, (_, sequence) in enumerate(work):
         page_table[row, : len(sequence.pages)] = sequence.pages
 
-    row_of = np.repeat(np.arange(len(work)), counts)
+    row_of: np.ndarray = np.repeat(np.arange(len(work)), counts)
     positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
     slots = page_table[row_of, positions // page_tokens] * page_tokens + positions % page_tokens
     return ForwardBatch(
@@ -40,7 +40,7 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
         contexts=torch.from_numpy((starts + counts).astype(np.int32)),
         page_table=torch.from_numpy(page_table),
         slots=torch.from_numpy(slots.astype(np.int32)),
-        wanted=torch.from_numpy(np.concatenate([begin + wanted(row, sequence) for begin, (row, sequence) in zip(query_start, work)])),
+        wanted=torch.tensor(_wanted(work, query_start.tolist()), dtype=torch.int64),
         lora=adapters.batch(_runs(work, query_start.tolist())),
     )
 
@@ -52,10 +52,15 @@ def judged(row: Row, sequence: Sequence) -> int:
     return max(0, min(row.tokens, sequence.prompt_tokens - 1 - row.start))
 
 
-def wanted(row: Row, sequence: Sequence) -> np.ndarray:
-    """The tokens of a row, counted within it, whose logits are wanted: judged ones, then those to sample after."""
-    sampled = np.arange(row.tokens - 1 - len(row.drafts), row.tokens) if row.sample else np.empty(0, np.int64)
-    return np.concatenate([np.arange(judged(row, sequence)), sampled])
+def _wanted(work: Items[Work], query_start: Items[int]) -> list[int]:
+    """The tokens whose logits are wanted: of each row the judged ones, then those to sample after."""
+    found: list[int] = []
+    for (row, sequence), begin, end in zip(work, query_start, query_start[1:]):
+        if sequence.sampling.prompt_logprobs:
+            found.extend(range(begin, begin + judged(row, sequence)))
+        if row.sample:
+            found.extend(range(end - 1 - len(row.drafts), end))
+    return found
 
 
 def _ids(row: Row, sequence: Sequence) -> np.ndarray:

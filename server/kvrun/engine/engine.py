@@ -16,9 +16,9 @@ from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
 from kvrun.engine.memory import MemoryBudget
-from kvrun.engine.sampler import Choice, Chosen, alternatives, sample
-from kvrun.engine.sampling import Sampling
-from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step, TokenLogprob
+from kvrun.engine.sampler import Choice, alternatives, sample
+from kvrun.engine.sampling import Sampling, TokenLogprob
+from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
 from kvrun.errors import ProtocolError
 from kvrun.lora.adapter import targets
 from kvrun.lora.table import AdapterTable
@@ -27,6 +27,7 @@ from kvrun.state.pages import KvPages
 
 # Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
 JUDGED_AT_ONCE = 64
+FAILED = -1  # in place of a sampled id
 NAN_LOGITS = "nan_logits: the model's scores for the next token are not finite numbers"
 
 
@@ -101,19 +102,19 @@ class Engine:
         if step_tokens < 1 or sequences < 1:
             raise ProtocolError(f"steps of {step_tokens} tokens and {sequences} rows were reserved; both must be at least 1")
         reach = -(-self.model.positions // self.page_tokens)
-        kept = self._kv.pages if self._kv else 0
-        # The pool is kept when it has the size asked for: allocating it again would touch every page of it.
-        if not kept or (pages and pages != kept):
-            self._kv = None
-            pages = self._budget.pages(pages, self.page_bytes, reach * sequences)
-            self._kv = self.model.pool(pages, self.page_tokens, self.kv_dtype)
+        kv = self._kv
+        # A pool of the size asked for is kept: allocating it again would touch every page of it.
+        if kv is None or (pages and pages != kv.pages):
+            self._kv = kv = None  # before the next one, so that both never exist at once
+            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences)
+            self._kv = kv = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype)
         granted = self._budget.adapters(adapter_bytes)
         self.adapters.reset(granted)
         self._limits, self._number = (step_tokens, sequences), 0
         self._sequences = SequenceTable(
-            vocabulary=self.model.vocabulary, pages=self._kv.pages, page_tokens=self.page_tokens, positions=self.model.positions
+            vocabulary=self.model.vocabulary, pages=kv.pages, page_tokens=self.page_tokens, positions=self.model.positions
         )
-        return Grant(self._kv.pages, granted)
+        return Grant(kv.pages, granted)
 
     @torch.inference_mode()
     def step(self, step: Step) -> Outcome:
@@ -153,25 +154,26 @@ class Engine:
 
     def _choose(self, live: list[Work], logits: Tensor | None) -> dict[int, RowOutcome]:
         """Sample on rank 0, tell every rank the ids, and take them into the sequences. Outcomes are full on rank 0 only."""
-        chosen: list[Chosen | None] = []
+        chosen: list[TokenLogprob | None] = []
         prompts: dict[int, list[TokenLogprob]] = {}
         if logits is not None:
             prompts, sampled = self._judge(live, logits)
             chosen = sample(sampled, [choice for row, sequence in live for choice in _choices(row, sequence)], self.model.vocabulary_limit)
-        samples = [1 + len(row.drafts) if row.sample else 0 for row, _ in live]
-        ids = torch.full((sum(samples),), -1, dtype=torch.int64)
-        for index, choice in enumerate(chosen):
-            ids[index] = -1 if choice is None else choice.id
-        if len(ids):
-            self._group.broadcast(ids)
-        outcomes, at, all_ids = {}, 0, ids.tolist()
-        for (row, sequence), count in zip(live, samples, strict=True):
-            picked = all_ids[at : at + count]
-            kept = _settle(row, sequence, picked)
-            tokens = [TokenLogprob(c.id, c.logprob, c.top) for c in chosen[at : at + kept] if c is not None]
+        picked = self._tell([FAILED if token is None else token.id for token in chosen], sum(_samples(row) for row, _ in live))
+        outcomes, at = {}, 0
+        for row, sequence in live:
+            end = at + _samples(row)
+            kept = _settle(row, sequence, picked[at:end])
+            tokens = [token for token in chosen[at : at + kept] if token is not None]
             outcomes[sequence.number] = RowOutcome(sequence.number, tokens, prompts.get(sequence.number, ()), sequence.error)
-            at += count
+            at = end
         return outcomes
+
+    def _tell(self, ids: list[int], count: int) -> list[int]:
+        """Rank 0's ids, on every rank."""
+        if self._group.world == 1 or count == 0:
+            return ids
+        return self._group.broadcast(torch.tensor(ids or [FAILED] * count, dtype=torch.int64)).tolist()
 
     def _judge(self, live: list[Work], logits: Tensor) -> tuple[dict[int, list[TokenLogprob]], Tensor]:
         """Log-probabilities of the prompt tokens the rows computed, by sequence, and the logits that are left to sample from."""
@@ -183,10 +185,14 @@ class Engine:
             if sequence.sampling.prompt_logprobs:
                 prompts[sequence.number] = _reported(row, sequence, logits[at : at + count])
             at += count
-            picked = 1 + len(row.drafts) if row.sample else 0
-            sampled.append(logits[at : at + picked])
-            at += picked
+            sampled.append(logits[at : at + _samples(row)])
+            at += _samples(row)
         return prompts, torch.cat(sampled)
+
+
+def _samples(row: Row) -> int:
+    """How many tokens a row samples: one after each draft and one after the last known token."""
+    return 1 + len(row.drafts) if row.sample else 0
 
 
 def _choices(row: Row, sequence: Sequence) -> list[Choice]:
@@ -212,7 +218,7 @@ def _settle(row: Row, sequence: Sequence, picked: Items[int]) -> int:
         accepted += 1
     kept = min(accepted + 1, len(picked))
     sequence.computed = end + accepted
-    if -1 in picked[:kept]:
+    if FAILED in picked[:kept]:
         sequence.error = NAN_LOGITS
         return 0
     sequence.append(picked[:kept])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvrun.engine.sampling import Sampling, uniforms
+from kvrun.engine.sampling import Sampling, TokenLogprob, uniforms
 
 # Truncations look at this many of the likeliest tokens first; rows that keep more are sorted whole.
 CANDIDATES = 256
@@ -30,17 +30,8 @@ class Choice:
     prompt_tokens: int  # how many of them are prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The token chosen, with log-probabilities before temperature and truncation, after penalties and bias."""
-
-    id: int
-    logprob: float
-    top: Sequence[tuple[int, float]] = ()  # most likely first
-
-
-def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[Chosen | None]:
-    """One `Chosen` per row, or None where a row's logits are not finite numbers.
+def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[TokenLogprob | None]:
+    """The token chosen for each row, or None where a row's logits are not finite numbers.
 
     logits [rows, vocabulary] float32, changed in place · ids at or above `limit` are never chosen.
     """
@@ -51,15 +42,16 @@ def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[Chosen
     logprobs = torch.log_softmax(logits, dim=-1)
     # From the logits: two different logits may round to one log-probability.
     ids = logits.argmax(dim=-1)
-    drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
-    if drawn:
-        ids[drawn] = draw(logits[drawn], [choices[row] for row in drawn])
-    picked = logprobs.gather(1, ids[:, None])[:, 0]
     # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
-    sound = torch.isfinite(picked).tolist()
+    sound = (~logprobs[:, 0].isnan()).tolist()
+    drawn = [row for row, choice in enumerate(choices) if sound[row] and not choice.sampling.greedy]
+    if drawn:
+        mixed = len(drawn) < len(choices)
+        ids[drawn] = draw(logits[drawn] if mixed else logits, [choices[row] for row in drawn])
+    picked = logprobs.gather(1, ids[:, None])[:, 0]
     tops = alternatives(logprobs, [c.sampling.top_logprobs if ok else 0 for c, ok in zip(choices, sound, strict=True)])
     rows = zip(sound, ids.tolist(), picked.tolist(), tops, strict=True)
-    return [Chosen(token, logprob, top) if ok else None for ok, token, logprob, top in rows]
+    return [TokenLogprob(token, logprob, top) if ok else None for ok, token, logprob, top in rows]
 
 
 def adjust(logits: Tensor, choices: Sequence[Choice]) -> None:
@@ -104,54 +96,66 @@ def _scattered(entries: list[tuple[int, np.ndarray, np.ndarray | np.float32]], l
 
 def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Draw one id per row from its tempered and truncated distribution. logits [rows, vocabulary] -> [rows] int64"""
-    temperatures = torch.tensor([max(c.sampling.temperature, COLDEST) for c in choices], dtype=torch.float32)
+    settings = [choice.sampling for choice in choices]
+    temperatures = torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32)
     probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
-    seeds = np.array([c.sampling.seed for c in choices], dtype=np.uint64)
-    positions = np.array([len(c.ids) for c in choices], dtype=np.uint64)
+    seeds = np.array([s.seed for s in settings], dtype=np.uint64)
+    positions = np.array([len(choice.ids) for choice in choices], dtype=np.uint64)
     where = torch.from_numpy(uniforms(seeds, positions))
-    ids = torch.empty(len(choices), dtype=torch.int64)
-
-    whole = [row for row, c in enumerate(choices) if not c.sampling.truncates]
-    cut = [row for row, c in enumerate(choices) if c.sampling.truncates]
+    ids = torch.full((len(choices),), -1, dtype=torch.int64)
+    cut = [row for row, s in enumerate(settings) if s.truncates]
     if cut:
-        settings = [choices[row].sampling for row in cut]
-        width = min(probabilities.shape[1], max(CANDIDATES, 2 * max(s.top_k for s in settings)))
-        likeliest, tokens = torch.topk(probabilities[cut], width)
-        low, high = bounds(likeliest, settings, probabilities.shape[1])
-        held = torch.isfinite(low)
-        inside = held.nonzero()[:, 0]
-        if len(inside):
-            rows = torch.tensor(cut)[inside]
-            # In order of id, as over the whole vocabulary: zeros between them would not change the sums.
-            tokens, order = tokens[inside].sort(dim=-1)
-            kept = _within(likeliest[inside].gather(1, order), low[inside], high[inside])
-            ids[rows] = tokens.gather(1, invert(kept, where[rows])[:, None])[:, 0]
-        wide = (~held).nonzero()[:, 0].tolist()
-        if wide:
-            rows = torch.tensor([cut[i] for i in wide])
-            spread = probabilities[rows]
-            low, high = bounds(spread.sort(dim=-1, descending=True).values, [settings[i] for i in wide], spread.shape[1])
-            ids[rows] = invert(_within(spread, low, high), where[rows])
-    if whole:
-        ids[whole] = invert(probabilities[whole] if cut else probabilities, where[whole] if cut else where)
+        ids[cut] = _draw_near(probabilities[cut], [settings[row] for row in cut], where[cut])
+    for row in (ids < 0).nonzero()[:, 0].tolist():
+        ids[row] = _draw_wide(probabilities[row], settings[row], where[row : row + 1])
     return ids
 
 
-def bounds(likeliest: Tensor, settings: Sequence[Sampling], vocabulary: int) -> tuple[Tensor, Tensor]:
+def _draw_near(probabilities: Tensor, settings: Sequence[Sampling], where: Tensor) -> Tensor:
+    """Draw where a row's likeliest tokens hold all that its truncations keep; -1 in the rows where they do not."""
+    width = min(probabilities.shape[1], max(CANDIDATES, 2 * max(s.top_k for s in settings)))
+    likeliest, tokens = torch.topk(probabilities, width)
+    low, high = bounds(likeliest, settings, whole=width == probabilities.shape[1])
+    # In order of id, as over the whole vocabulary: the zeros between them would not change the sums.
+    tokens, order = tokens.sort(dim=-1)
+    ids = tokens.gather(1, invert(_within(likeliest.gather(1, order), low, high), where)[:, None])[:, 0]
+    return torch.where(torch.isfinite(low), ids, -1)
+
+
+def _draw_wide(probabilities: Tensor, settings: Sampling, where: Tensor) -> Tensor:
+    """Draw from one row over the whole vocabulary. One at a time: the sums of one row fit the cache, those of many do not."""
+    kept = probabilities[None]
+    if settings.truncates:
+        low, high = bounds(_candidates(probabilities, settings)[None], [settings], whole=True)
+        kept = _within(kept, low, high)
+    return invert(kept, where)[0]
+
+
+def _candidates(probabilities: Tensor, s: Sampling) -> Tensor:
+    """Every probability that may survive, descending: without those that top-p or min-p will certainly cut."""
+    floor = 0.0
+    if not s.top_k:  # top-p takes its share of what top-k left, which only the whole row can tell
+        # Tokens below this share each hold, all together, less than what top-p cuts off. Half of it, for rounding.
+        floor = max(0.5 * (1.0 - s.top_p) / len(probabilities), 0.5 * s.min_p * float(probabilities.max()))
+    kept = probabilities.numpy()
+    return torch.from_numpy(np.sort(kept[kept >= floor])[::-1].copy())
+
+
+def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> tuple[Tensor, Tensor]:
     """The least and the greatest probability that survive top-k, top-p, min-p and typical-p, applied in that order.
 
-    likeliest [rows, n]: the n greatest probabilities of each row, descending -> two [rows]. The least is infinite where n
-    is too few to tell. Each truncation works on what the one before it left, scaled to sum to 1.
+    likeliest [rows, n]: the greatest probabilities of each row, descending -> two [rows]. Unless these are the `whole` of
+    what may survive, the least is infinite in rows where all of them do. Each truncation works on what the one before it
+    left, scaled to sum to 1.
     """
-    rows, n = likeliest.shape
-    top_k = torch.tensor([min(s.top_k or n, n) for s in settings])
-    low = torch.where(
-        torch.tensor([s.top_k > 0 for s in settings]),
-        likeliest.gather(1, (top_k - 1)[:, None])[:, 0],
-        torch.zeros(rows, dtype=likeliest.dtype),
-    )
-    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64)
+    n = likeliest.shape[1]
+    low = torch.zeros(len(settings), dtype=likeliest.dtype)
+    high = likeliest[:, 0].clone()
+    if any(s.top_k for s in settings):
+        last = torch.tensor([min(s.top_k or n, n) - 1 for s in settings])
+        low = torch.where(torch.tensor([s.top_k > 0 for s in settings]), likeliest.gather(1, last[:, None])[:, 0], low)
     if any(s.top_p < 1.0 for s in settings):
+        top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64)
         kept = torch.where(likeliest >= low[:, None], likeliest, 0).to(torch.float64)
         mass = kept.cumsum(dim=-1)
         total = torch.where(low > 0, mass[:, -1], 1.0)
@@ -159,10 +163,9 @@ def bounds(likeliest: Tensor, settings: Sequence[Sampling], vocabulary: int) -> 
         last = ((mass - kept < (top_p * total)[:, None]) & (kept > 0)).sum(dim=-1) - 1
         least = likeliest.gather(1, last.clamp(min=0)[:, None])[:, 0]
         low = torch.where(top_p < 1.0, torch.maximum(low, least), low)
-    min_p = torch.tensor([s.min_p for s in settings], dtype=likeliest.dtype)
-    low = torch.maximum(low, min_p * likeliest[:, 0])
-    high = likeliest[:, 0].clone()
-    if n < vocabulary:
+    if any(s.min_p > 0.0 for s in settings):
+        low = torch.maximum(low, torch.tensor([s.min_p for s in settings], dtype=likeliest.dtype) * likeliest[:, 0])
+    if not whole:
         low[likeliest[:, -1] >= low] = torch.inf
     for row, s in enumerate(settings):
         if s.typical_p < 1.0 and torch.isfinite(low[row]):

@@ -75,6 +75,15 @@ class Sampling:
         return max((*self.logit_bias, *self.suppressed), default=-1)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability before temperature and truncation but after penalties and bias, and what was likelier or next."""
+
+    id: int
+    logprob: float
+    top: Sequence[tuple[int, float]] = ()  # most likely first
+
+
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One number in [0, 1) for each (seed, position), the same wherever and whenever it is asked for.
 

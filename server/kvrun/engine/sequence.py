@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvrun.engine.sampling import Sampling
+from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -49,15 +49,6 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token, what the model thought of it, and what it liked better."""
-
-    id: int
-    logprob: float
-    top: Items[tuple[int, float]] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class RowOutcome:
     """What a row produced, or why it failed."""
 
@@ -84,7 +75,7 @@ class _Growing:
 
     def __init__(self, items: Items[int], dtype: type) -> None:
         self._size = len(items)
-        self._items = np.empty(max(16, self._size + self._size // 2), dtype)
+        self._items: np.ndarray = np.empty(max(16, self._size + self._size // 2), dtype)
         self._items[: self._size] = items
 
     def __len__(self) -> int:

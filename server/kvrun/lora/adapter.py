@@ -24,21 +24,29 @@ SHOWN = 10  # tensors in a message
 
 
 class Source(Protocol):
-    """A checkpoint module's share in a linear: see nn.linear.Source."""
+    """A checkpoint module's share in a linear: see nn.linear.Source, whose words these are."""
 
-    module: str
-    rows: Tensor
-    column: int
-    cols: Tensor | None
-    out_features: int
-    in_features: int
+    @property
+    def module(self) -> str: ...
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def column(self) -> int: ...
+    @property
+    def cols(self) -> Tensor | None: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
 
 
 class Site(Protocol):
     """A linear that adapters may change: see nn.linear.Linear."""
 
-    site: int
-    sources: Sequence[Source]
+    @property
+    def site(self) -> int: ...
+    @property
+    def sources(self) -> Sequence[Source]: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 
 from kvrun import errors
-from kvrun.engine.sampling import Sampling
-from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step, TokenLogprob
+from kvrun.engine.sampling import Sampling, TokenLogprob
+from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
 
 # The first row that an error is an instance of decides.

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -19,7 +20,7 @@ from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
 
 if TYPE_CHECKING:
-    from kvrun.engine.engine import Engine
+    from kvrun.engine.engine import Engine, Grant
 
 log = logging.getLogger("kvrun.rpc")
 
@@ -92,7 +93,8 @@ class ModelShard(rpc.ModelShardServicer):
                 return
             if isinstance(answer, BaseException):
                 self._abort(context, answer)
-            yield answer
+            else:
+                yield answer
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadedAdapter:
         """Read an adapter beside running steps."""
@@ -126,7 +128,7 @@ class ModelShard(rpc.ModelShardServicer):
             self._abort(context, error)
         return pb.UnloadedAdapter()
 
-    def _begin(self, engine: Engine, request: pb.ReserveRequest) -> Any:
+    def _begin(self, engine: Engine, request: pb.ReserveRequest) -> Grant:
         """On the compute thread: end the last epoch's stream, then reserve."""
         if request.epoch <= self._epoch:
             raise StaleEpoch(f"epoch {request.epoch} was asked for; this shard has seen {self._epoch} and takes only newer ones")
@@ -141,10 +143,10 @@ class ModelShard(rpc.ModelShardServicer):
         try:
             for message in requests:
                 arrived = time.perf_counter_ns()
-                self._compute.post(lambda m=message, at=arrived: self._answer(engine, stream, m, at))
+                self._compute.post(partial(self._answer, engine, stream, message, arrived))
         except grpc.RpcError:
             pass  # the caller is gone; it says so by this
-        self._compute.post(lambda: stream.end(None))
+        self._compute.post(partial(stream.end, None))
 
     def _answer(self, engine: Engine, stream: Stream, message: pb.Step, arrived: int) -> None:
         """On the compute thread: run a step and answer it, or end the stream with what went wrong."""
@@ -167,9 +169,11 @@ class ModelShard(rpc.ModelShardServicer):
         stream.answers.put(convert.from_outcome(message.epoch, outcome, (time.perf_counter_ns() - arrived) // 1000))
 
     def _ready(self, context: grpc.ServicerContext) -> Engine:
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the model is still loading; ask the health service when it is done")
-        return self._engine
+        assert engine is not None, "abort does not return"
+        return engine
 
     def _check(self, epoch: int) -> None:
         if epoch != self._epoch:
