@@ -36,7 +36,7 @@ pub struct Model {
     #[arg(long, env, value_parser = FalseyValueParser::new())]
     pub allow_dynamic_lora: bool,
 
-    /// Number format of weights and activations [default: what the processor is fastest at]
+    /// Number format of weights and activations [default: that of the checkpoint]
     #[arg(long, env, value_enum)]
     pub dtype: Option<Dtype>,
 
@@ -69,7 +69,8 @@ pub struct Sharding {
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub kv_cache_bytes: Option<u64>,
 
-    /// Memory for adapters in each model process [default: those of --lora-ids, and as much again to load more]
+    /// Memory for adapters in each model process [default: those of --lora-ids; as much again, and 256MiB at least, where
+    /// clients may load more]
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub adapter_bytes: Option<u64>,
 }
@@ -77,7 +78,7 @@ pub struct Sharding {
 /// Number format of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
-    /// The shard chooses.
+    /// That of the checkpoint.
     Auto,
     Float32,
     Bfloat16,
@@ -89,8 +90,10 @@ pub enum Dtype {
 pub enum KvCacheDtype {
     /// That of the activations.
     Auto,
+    /// Refused for now.
     #[value(name = "fp8_e4m3fn")]
     Fp8E4m3fn,
+    /// Refused for now.
     #[value(name = "fp8_e5m2")]
     Fp8E5m2,
 }
