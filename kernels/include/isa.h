@@ -26,7 +26,6 @@ struct Avx2 {
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef uint32_t Words __attribute__((vector_size(32)));
-  typedef uint16_t Halves __attribute__((vector_size(16)));
 };
 
 struct Avx512 {
@@ -34,7 +33,6 @@ struct Avx512 {
   typedef float Floats __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
   typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef uint16_t Halves __attribute__((vector_size(32)));
 };
 
 #if defined(__AVX512F__)

@@ -14,6 +14,12 @@ struct Vec;
 
 #if defined(__AVX512F__)
 inline Avx512::Floats raw_fma(Avx512::Floats a, Avx512::Floats b, Avx512::Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Avx512::Floats raw_load(const Bfloat16* p, Avx512) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline void raw_store(Bfloat16* p, Avx512::Words v, Avx512) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+}
 inline Avx512::Floats raw_load(const Float16* p, Avx512) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void raw_store(Float16* p, Avx512::Floats v, Avx512) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
 inline __m256 raw_fold(Avx512::Floats v) {
@@ -23,6 +29,13 @@ inline __m256 raw_fold(Avx512::Floats v) {
 #endif
 #if defined(__AVX2__)
 inline Avx2::Floats raw_fma(Avx2::Floats a, Avx2::Floats b, Avx2::Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Avx2::Floats raw_load(const Bfloat16* p, Avx2) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline void raw_store(Bfloat16* p, Avx2::Words v, Avx2) {
+  const __m256i words = (__m256i)v;
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 inline Avx2::Floats raw_load(const Float16* p, Avx2) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void raw_store(Float16* p, Avx2::Floats v, Avx2) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0)); }
 inline __m256 raw_fold(Avx2::Floats v) { return v; }
@@ -32,6 +45,15 @@ inline void raw_sum4(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
 }
 #else
 inline Generic::Floats raw_fma(Generic::Floats a, Generic::Floats b, Generic::Floats c) { return a * b + c; }
+inline Generic::Floats raw_load(const Bfloat16* p, Generic) {
+  Generic::Halves h;
+  memcpy(&h, p, sizeof h);
+  return (Generic::Floats)(__builtin_convertvector(h, Generic::Words) << 16);
+}
+inline void raw_store(Bfloat16* p, Generic::Words v, Generic) {
+  const Generic::Halves h = __builtin_convertvector(v, Generic::Halves);
+  memcpy(p, &h, sizeof h);
+}
 inline Generic::Floats raw_load(const Float16* p, Generic) {
   return Generic::Floats{half_to_float(p[0].bits), half_to_float(p[1].bits), half_to_float(p[2].bits), half_to_float(p[3].bits)};
 }
@@ -45,7 +67,6 @@ struct Vec<float, I> {
   using Raw = typename I::Floats;
   using Ints = typename I::Ints;
   using Words = typename I::Words;
-  using Halves = typename I::Halves;
   static constexpr int width = I::lanes;
 
   Raw raw;
@@ -60,11 +81,7 @@ struct Vec<float, I> {
     memcpy(&r, p, sizeof r);
     return r;
   }
-  static Vec load(const Bfloat16* p) {
-    Halves h;
-    memcpy(&h, p, sizeof h);
-    return (Raw)(__builtin_convertvector(h, Words) << 16);
-  }
+  static Vec load(const Bfloat16* p) { return raw_load(p, I{}); }
   static Vec load(const Float16* p) { return raw_load(p, I{}); }
 
   // Reads n < width elements; the other lanes are 0. The ends of rows are rare: not inlined, to build quickly.
@@ -79,9 +96,7 @@ struct Vec<float, I> {
   void store(Bfloat16* p) const {
     const Words bits = (Words)raw, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     // Rounding would turn some NaNs into infinities.
-    const Words kept = raw == raw ? rounded : (bits >> 16) | 0x40;
-    const Halves h = __builtin_convertvector(kept, Halves);
-    memcpy(p, &h, sizeof h);
+    raw_store(p, raw == raw ? rounded : (bits >> 16) | 0x40, I{});
   }
   void store(Float16* p) const { raw_store(p, raw, I{}); }
   template <class T>
@@ -125,9 +140,11 @@ inline float sum(Floats a) {
 }
 
 inline float largest(Floats a) {
-  float best = a.raw[0];
-  for (int i = 1; i < Floats::width; i++) best = a.raw[i] > best ? a.raw[i] : best;
-  return best;
+  float all[Floats::width];
+  a.store(all);
+  for (int half = Floats::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) all[i] = all[i] > all[i + half] ? all[i] : all[i + half];
+  return all[0];
 }
 
 // e^x to 2 units in the last place; exactly 0 below -87.3, finite up to 88.

@@ -81,25 +81,43 @@ void widen(float* to, const T* from, int64_t dim, int64_t padded) {
   if (whole < padded) Floats::load(from + whole, dim - whole).store(to + whole);
 }
 
+// The tile's key head in the page of a sequence's position, or null where its table names none.
+template <class T>
+const T* page_of(const Call& call, const Tile& tile, int64_t index) {
+  const int64_t page = call.page_table[tile.sequence * call.table_stride + index];
+  if (page < 0 || page >= call.pages) return nullptr;
+  return (const T*)call.pool + (page * 2 * call.kv_heads + tile.head) * call.page_tokens * call.dim;
+}
+
+void clear_keys(const Work& work, int64_t first, int64_t last, int64_t padded) {
+  if (first >= last) return;
+  memset(work.keys + first * padded, 0, (last - first) * padded * sizeof(float));
+  memset(work.values + first * padded, 0, (last - first) * padded * sizeof(float));
+}
+
 // The tile's part of a block of keys and values. What no row may see is zeroed and never read: it may be no number.
 template <class T>
 void gather(const Call& call, const Tile& tile, int64_t block, const Work& work) {
-  const int64_t padded = call.padded();
-  const int32_t* table = call.page_table + tile.sequence * call.table_stride;
-  for (int64_t j = 0; j < kBlock; j++) {
-    const int64_t position = block + j;
-    float *key = work.keys + j * padded, *value = work.values + j * padded;
-    const bool seen = position >= tile.begin_key && position < tile.end_key;
-    const int64_t page = seen ? table[position / call.page_tokens] : -1;
-    if (page < 0 || page >= call.pages) {
-      memset(key, 0, padded * sizeof(float));
-      memset(value, 0, padded * sizeof(float));
-      continue;
+  const int64_t padded = call.padded(), values = call.kv_heads * call.page_tokens * call.dim;
+  const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0;
+  const int64_t end = tile.end_key - block < kBlock ? tile.end_key - block : kBlock;
+  clear_keys(work, 0, begin, padded);
+  clear_keys(work, end, kBlock, padded);
+  for (int64_t j = begin; j < end;) {
+    const int64_t index = (block + j) / call.page_tokens, offset = (block + j) % call.page_tokens;
+    const int64_t left = call.page_tokens - offset, last = j + left < end ? j + left : end;
+    const T* page = page_of<T>(call, tile, index);
+    // The hardware cannot foresee where the next page lies.
+    const T* next = block + last < tile.end_key ? page_of<T>(call, tile, (block + last) / call.page_tokens) : page;
+    if (!page) clear_keys(work, j, last, padded), j = last;
+    for (int64_t at = offset * call.dim; j < last; j++, at += call.dim) {
+      for (int64_t d = 0; next && d < call.dim; d += 64 / int64_t(sizeof(T))) {
+        __builtin_prefetch(next + at + d);
+        __builtin_prefetch(next + at + d + values);
+      }
+      widen(work.keys + j * padded, page + at, call.dim, padded);
+      widen(work.values + j * padded, page + at + values, call.dim, padded);
     }
-    const int64_t row = (page * 2 * call.kv_heads + tile.head) * call.page_tokens + position % call.page_tokens;
-    const T* from = (const T*)call.pool + row * call.dim;
-    widen(key, from, call.dim, padded);
-    widen(value, from + call.kv_heads * call.page_tokens * call.dim, call.dim, padded);
   }
 }
 
@@ -142,8 +160,10 @@ void add_values(float* out, const float* keep, const float* shares, const float*
 
 template <int R>
 void add_values(float* out, const float* keep, const float* shares, const float* values, int64_t count, int64_t padded) {
+  // One row alone needs more sums at once to hide their latency.
+  constexpr int V = R == 1 ? 8 : 4;
   int64_t d = 0;
-  for (; d + 4 * lanes <= padded; d += 4 * lanes) add_values<R, 4>(out + d, keep, shares, values + d, count, padded);
+  for (; d + V * lanes <= padded; d += V * lanes) add_values<R, V>(out + d, keep, shares, values + d, count, padded);
   for (; d < padded; d += lanes) add_values<R, 1>(out + d, keep, shares, values + d, count, padded);
 }
 

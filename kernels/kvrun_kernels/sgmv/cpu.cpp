@@ -63,7 +63,11 @@ void shrink(float* t, int64_t rank, const X* x, int64_t x_stride, const W* a, in
   const int64_t whole = inputs / lanes * lanes;
   for (int64_t k = 0; k < whole; k += lanes) {
     Floats w[kBlock];
-    for (int j = 0; j < kBlock; j++) w[j] = Floats::load(row[j] + k);
+    for (int j = 0; j < kBlock; j++) {
+      // The same place of the next block of ranks, most often this thread's next task.
+      __builtin_prefetch(row[j] + k + kBlock * inputs);
+      w[j] = Floats::load(row[j] + k);
+    }
     for (int r = 0; r < R; r++) {
       const Floats value = Floats::load(x + r * x_stride + k);
       for (int j = 0; j < kBlock; j++) sums[r][j] = fma(value, w[j], sums[r][j]);
@@ -92,6 +96,7 @@ void expand_columns(Y* y, int64_t y_stride, const float* t, const W* bt, int64_t
     Floats w[V];
     for (int v = 0; v < V; v++) {
       const W* from = bt + j * columns + v * lanes;
+      __builtin_prefetch(from + 4 * columns);
       w[v] = whole ? Floats::load(from) : Floats::load(from, count);
     }
     for (int r = 0; r < R; r++)
@@ -109,9 +114,11 @@ void expand_columns(Y* y, int64_t y_stride, const float* t, const W* bt, int64_t
 
 template <int R, class Y, class W>
 void expand(Y* y, int64_t y_stride, const float* t, const W* bt, int64_t rank, int64_t columns, int64_t span) {
+  // As wide as the registers allow: each rank is a stream of its own, and memory answers long pieces best.
+  constexpr int V = (lanes == 16 ? 16 : 8) / R;
   int64_t n = 0;
-  for (; n + 4 * lanes <= span; n += 4 * lanes)
-    expand_columns<R, 4>(y + n, y_stride, t, bt + n, rank, columns, 4 * lanes);
+  for (; n + V * lanes <= span; n += V * lanes)
+    expand_columns<R, V>(y + n, y_stride, t, bt + n, rank, columns, V * lanes);
   for (; n < span; n += lanes) expand_columns<R, 1>(y + n, y_stride, t, bt + n, rank, columns, at_most(span - n, lanes));
 }
 

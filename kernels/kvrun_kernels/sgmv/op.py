@@ -11,6 +11,8 @@ from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
 
+FIELDS = 7  # numbers of a segment in the kernel's table
+
 _kernel = Kernel("sgmv", "ppp iiii iii")
 
 
@@ -54,6 +56,30 @@ class LoraSegments:
         self.native &= on_cpu(*(s.a for s in self.segments))
         self.table = table
         self.address = table.buffer_info()[0]
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple["LoraSegments", int, int]]) -> "LoraSegments":
+        """Each part's updates for rows start..stop instead of its own, without checking again: (part, start, stop), at least one.
+
+        For batches whose rows change from step to step while their adapters stay.
+        """
+        parts = tuple(parts)
+        first = parts[0][0]
+        joined = cls.__new__(cls)
+        joined.segments = tuple(Segment(start, stop, s.a, s.bt, s.column) for part, start, stop in parts for s in part.segments)
+        joined.stop = max(stop for _, _, stop in parts)
+        joined.columns = max(part.columns for part, _, _ in parts)
+        joined.inputs, joined.dtype = first.inputs, first.dtype
+        joined.native = all(part.native and part.dtype == first.dtype and part.inputs == first.inputs for part, _, _ in parts)
+        table = array("q")
+        for part, start, stop in parts:
+            moved = part.table[:]
+            moved[0::FIELDS] = array("q", (start,)) * len(part)
+            moved[1::FIELDS] = array("q", (stop,)) * len(part)
+            table += moved
+        joined.table = table
+        joined.address = table.buffer_info()[0]
+        return joined
 
     def __len__(self) -> int:
         return len(self.segments)

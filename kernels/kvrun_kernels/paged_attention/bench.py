@@ -1,0 +1,30 @@
+"""One long sequence, many short ones, and prompts."""
+
+from collections.abc import Iterator
+
+import torch
+
+from kvrun_kernels import ops
+from kvrun_kernels.bench import Case
+from kvrun_kernels.paged_attention.op import reference
+
+
+def cases() -> Iterator[Case]:
+    for q_heads, kv_heads, dim in ((32, 4, 64), (32, 8, 128), (16, 16, 128)):
+        for tokens, context, sequences in ((1, 16384, 1), (1, 1024, 16), (1, 256, 64), (512, 512, 1), (128, 4096, 1)):
+            pages = context // 16
+            pool = torch.randn(sequences * pages, 2, kv_heads, 16, dim).to(torch.bfloat16)
+            table = torch.randperm(sequences * pages).to(torch.int32).view(sequences, pages)
+            q = torch.randn(sequences * tokens, q_heads, dim).to(torch.bfloat16)
+            args = (
+                q, pool, torch.arange(sequences + 1, dtype=torch.int32) * tokens,
+                torch.full((sequences,), context, dtype=torch.int32), table, dim**-0.5,
+            )  # fmt: skip
+            seen = tokens * context - tokens * (tokens - 1) / 2
+            yield Case(
+                f"{q_heads}/{kv_heads} heads of {dim}, {sequences} x {tokens} at {context}",
+                lambda args=args: ops.paged_attention(*args),
+                bytes=pool.nbytes,
+                flops=4 * sequences * seen * q_heads * dim,
+                beside=lambda args=args: reference(*args),
+            )
