@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class LoraSegments:
     """
 
     def __init__(self, segments: Iterable[Segment]):
+        self.parts: tuple[tuple[LoraSegments, int, int], ...] = ()
         self.segments = tuple(segments)
         self.stop = max((s.stop for s in self.segments), default=0)
         self.columns = max((s.column + s.bt.shape[1] for s in self.segments), default=0)
@@ -66,7 +68,7 @@ class LoraSegments:
         parts = tuple(parts)
         first = parts[0][0]
         joined = cls.__new__(cls)
-        joined.segments = tuple(Segment(start, stop, s.a, s.bt, s.column) for part, start, stop in parts for s in part.segments)
+        joined.parts = parts  # keeps the tensors alive
         joined.stop = max(stop for _, _, stop in parts)
         joined.columns = max(part.columns for part, _, _ in parts)
         joined.inputs, joined.dtype = first.inputs, first.dtype
@@ -81,8 +83,13 @@ class LoraSegments:
         joined.address = table.buffer_info()[0]
         return joined
 
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every segment; those of joined parts are only written out when somebody asks, which the native kernel never does."""
+        return tuple(Segment(start, stop, s.a, s.bt, s.column) for part, start, stop in self.parts for s in part.segments)
+
     def __len__(self) -> int:
-        return len(self.segments)
+        return len(self.table) // FIELDS
 
 
 def reference(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
@@ -98,7 +105,7 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
     y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32.
     A row's result is the same to the bit whether it is a segment alone or one of many in a run.
     """
-    if not segments.segments:
+    if not len(segments):
         return None
     if segments.stop > y.shape[0] or segments.columns > y.shape[1] or segments.inputs != x.shape[1]:
         raise ValueError(
@@ -108,7 +115,7 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
     if _kernel.run is None or not segments.native or not on_cpu(y, x):
         return reference(y, x, segments)
     _kernel.run(
-        y.data_ptr(), x.data_ptr(), segments.address, len(segments.segments), y.stride(0), x.stride(0), x.shape[1],
+        y.data_ptr(), x.data_ptr(), segments.address, len(segments), y.stride(0), x.stride(0), x.shape[1],
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[segments.dtype],
     )  # fmt: skip
     return None
