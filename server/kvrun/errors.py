@@ -53,3 +53,8 @@ class ProtocolError(KvrunError):
 
 class StaleEpoch(KvrunError):
     """A call belongs to an epoch that has ended or never began."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, in whichever words this layer says it."""
+    return isinstance(error, OutOfMemory | MemoryError) or "can't allocate memory" in str(error)  # torch's allocator

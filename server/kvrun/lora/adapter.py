@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import AdapterError, AdapterNotFound
@@ -64,6 +65,7 @@ class Adapter:
 
     digest: str  # hex SHA-256 over config and weights; equal on all ranks
     deltas: Mapping[int, tuple[Delta, ...]]  # by site
+    updates: Mapping[int, ops.LoraSegments]  # the same for no rows yet, laid out for the kernel
     bytes: int  # of this rank, by true ranks
     matched: int  # tensors of the file
     ranks: tuple[int, ...]  # one per changed module
@@ -101,6 +103,7 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
     return Adapter(
         digest=digest.hexdigest(),
         deltas={site: tuple(changed) for site, changed in deltas.items()},
+        updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in deltas.items()},
         bytes=sum(t.numel() * t.element_size() for t in held),
         matched=len(tensors),
         ranks=tuple(a.shape[0] for a, _ in pairs.values()),

@@ -32,11 +32,11 @@ class LoraBatch:
     @classmethod
     def of(cls, runs: Sequence[Run]) -> LoraBatch:
         """The segments that these runs need, adapters of any ranks and targets beside each other."""
-        segments: dict[int, list[ops.Segment]] = {}
+        parts: dict[int, list[tuple[ops.LoraSegments, int, int]]] = {}
         for run in runs:
-            for site, deltas in run.adapter.deltas.items():
-                segments.setdefault(site, []).extend(ops.Segment(run.start, run.stop, d.a, d.bt, d.column) for d in deltas)
-        return cls({site: ops.LoraSegments(found) for site, found in segments.items()})
+            for site, updates in run.adapter.updates.items():
+                parts.setdefault(site, []).append((updates, run.start, run.stop))
+        return cls({site: ops.LoraSegments.joined(found) for site, found in parts.items()})
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to `y` what the adapters of these rows change at linear `site`.

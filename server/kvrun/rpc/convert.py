@@ -16,13 +16,13 @@ STATUS: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (errors.AdapterError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.StaleEpoch, grpc.StatusCode.ABORTED),
-    (errors.OutOfMemory, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
 
 
 def status(error: BaseException) -> grpc.StatusCode:
     """The status an error answers with; INTERNAL for one that has no name."""
+    if errors.is_out_of_memory(error):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
     return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 

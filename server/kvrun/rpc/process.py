@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvrun.errors import ConfigError, KvrunError, OutOfMemory
+from kvrun.errors import ConfigError, KvrunError, OutOfMemory, is_out_of_memory
 from kvrun.rpc.compute import ComputeThread
 from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
 from kvrun.rpc.service import Identity, ModelShard
@@ -76,11 +76,8 @@ def _load(load: Callable[[], Engine], shard: ModelShard) -> int:
     except KvrunError as error:
         log.error(str(error))
         return error.exit_code
-    except MemoryError as error:
-        log.error("the model does not fit into memory: %s", error)
-        return OutOfMemory.exit_code
     except Exception as error:
-        if "can't allocate memory" in str(error):  # how torch's allocator says MemoryError
+        if is_out_of_memory(error):
             log.error("the model does not fit into memory: %s", error)
             return OutOfMemory.exit_code
         log.exception("the model could not be loaded")
