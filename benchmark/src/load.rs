@@ -29,7 +29,7 @@ pub enum Update {
     /// A request ended, well or not.
     Ended { good: bool },
     /// A measurement is done.
-    Measured(Figures),
+    Measured(Box<Figures>),
 }
 
 /// Measures at every batch size, one after the other.
@@ -67,7 +67,7 @@ pub async fn run(args: &Args, updates: &UnboundedSender<Update>) -> Result<Vec<F
             .map(|failed| failed.0)
             .collect();
         let figures = summarize(batch_size, &samples, &failures);
-        let _closed = updates.send(Update::Measured(figures.clone()));
+        let _closed = updates.send(Update::Measured(Box::new(figures.clone())));
         all.push(figures);
     }
     Ok(all)

@@ -125,7 +125,7 @@ impl Screen {
                 self.ended += 1;
                 self.failed += u64::from(!good);
             }
-            Update::Measured(figures) => self.measured.push(figures),
+            Update::Measured(figures) => self.measured.push(*figures),
         }
     }
 
@@ -234,7 +234,7 @@ mod tests {
             },
             Update::Tokens,
             Update::Ended { good: false },
-            Update::Measured(summarize(4, &[sample], &[])),
+            Update::Measured(Box::new(summarize(4, &[sample], &[]))),
         ];
         sent.into_iter()
             .for_each(|update| sender.send(update).expect("an open channel"));

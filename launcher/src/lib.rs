@@ -19,6 +19,7 @@ mod resolve;
 mod restart;
 mod run_directory;
 mod settings;
+mod shard_group;
 mod signals;
 mod supervise;
 mod table;

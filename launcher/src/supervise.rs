@@ -1,6 +1,5 @@
 //! Keeps the tree alive: starts router and shards together, restarts what dies, and ends all of it in order.
 
-use std::fs;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -13,10 +12,9 @@ use crate::control::{Control, Message};
 use crate::failure::{Code, Failure};
 use crate::process::{Ending, Output, Process, Spawner};
 use crate::restart::RestartPolicy;
+use crate::shard_group::ShardGroup;
 use crate::signals::Signals;
 
-/// A hung shard's time to write its stacks, between SIGABRT and SIGKILL.
-const ABORT_TIME: Duration = Duration::from_secs(1);
 /// The shards' time to end by themselves once the router is gone.
 const SHARD_STOP_TIME: Duration = Duration::from_secs(5);
 /// What the router gets on top of the time for open answers, and all that is left after a second signal.
@@ -77,13 +75,8 @@ struct Supervisor<'a> {
     router_policy: RestartPolicy,
     router_at: Option<Instant>,
     control: Option<Control>,
-    shards: Vec<Process>,
+    shards: ShardGroup,
     shard_policy: RestartPolicy,
-    /// A rank died: the others are ending, and then all start again.
-    shards_after: Option<Duration>,
-    shards_at: Option<Instant>,
-    shards_kill_at: Option<Instant>,
-    generation: u32,
 }
 
 impl<'a> Supervisor<'a> {
@@ -97,18 +90,14 @@ impl<'a> Supervisor<'a> {
             router_policy: policy(),
             router_at: None,
             control: None,
-            shards: Vec::new(),
+            shards: ShardGroup::default(),
             shard_policy: policy(),
-            shards_after: None,
-            shards_at: None,
-            shards_kill_at: None,
-            generation: 0,
         }
     }
 
     fn serve(&mut self, signals: &Signals) -> Result<End, Failure> {
         self.start_router()?;
-        self.start_shards()?;
+        self.shards.start(self.tree.site, self.tree.spawner)?;
         loop {
             let wake =
                 signals.wait(self.control.as_ref().map(AsFd::as_fd), self.next_deadline())?;
@@ -160,27 +149,12 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    fn start_shards(&mut self) -> Result<(), Failure> {
-        let Tree { site, spawner, .. } = *self.tree;
-        self.shards_at = None;
-        self.shards_kill_at = None;
-        for rank in 0..site.plan.shards {
-            let name = format!("shard-{rank}");
-            let _left_by_the_last_one = fs::remove_file(site.run.join(&name));
-            let invocation = commands::shard(site, rank, self.generation);
-            self.shards
-                .push(spawner.spawn(&name, &invocation, &[], Output::Logged)?);
-        }
-        self.generation += 1;
-        Ok(())
-    }
-
     fn next_deadline(&self) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Draining { until, .. } | Phase::Ending { until, .. } => Some(until),
             Phase::Starting | Phase::Serving => None,
         };
-        [phase, self.router_at, self.shards_at, self.shards_kill_at]
+        [phase, self.router_at, self.shards.deadline()]
             .into_iter()
             .flatten()
             .min()
@@ -257,39 +231,22 @@ impl<'a> Supervisor<'a> {
     }
 
     fn abort_shards(&mut self, epoch: u64, reason: &str, now: Instant) {
-        // A group that is already ending is not the one the router speaks of.
-        if self.shards_after.is_some() || self.shards.is_empty() {
-            return;
+        if self.shards.abort(now) {
+            self.tree.console.warn(format!(
+                "the shards hang in epoch {epoch} ({reason}); ending them"
+            ));
         }
-        self.tree.console.warn(format!(
-            "the shards hang in epoch {epoch} ({reason}); ending them"
-        ));
-        self.shards
-            .iter()
-            .for_each(|shard| shard.signal(Signal::SIGABRT));
-        self.shards_kill_at = Some(now + ABORT_TIME);
     }
 
     fn reap_shards(&mut self, now: Instant) -> Result<(), Failure> {
-        let ended = take_ended(&mut self.shards);
-        if ended.is_empty() || matches!(self.phase, Phase::Ending { .. }) {
-            return Ok(());
-        }
-        for (process, how) in &ended {
-            // The first death is the cause; the others follow from it.
-            if self.shards_after.is_none() {
-                self.report(process, *how);
-                self.shards_after = Some(self.judge(*how, Who::Shards, now)?);
+        for (process, how) in self.shards.reap() {
+            // The first death is the cause; the others follow from it, and at the end all are wanted.
+            if self.shards.is_falling() || matches!(self.phase, Phase::Ending { .. }) {
+                continue;
             }
-        }
-        // Ranks compute together; what is left of a group is of no use. A rank that is writing its stacks goes on.
-        if self.shards_kill_at.is_none() {
-            self.shards
-                .iter()
-                .for_each(|shard| shard.signal(Signal::SIGKILL));
-        }
-        if self.shards.is_empty() {
-            self.shards_at = self.shards_after.take().map(|wait| now + wait);
+            self.report(&process, how);
+            let wait = self.judge(how, Who::Shards, now)?;
+            self.shards.fall(wait);
         }
         Ok(())
     }
@@ -352,18 +309,11 @@ impl<'a> Supervisor<'a> {
     }
 
     fn act_on_time(&mut self, now: Instant) -> Result<(), Failure> {
-        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        if due(self.shards_kill_at) {
-            self.shards_kill_at = None;
-            self.shards
-                .iter()
-                .for_each(|shard| shard.signal(Signal::SIGKILL));
-        }
         // Shards are restarted during a drain too, or the answers that are open could not finish.
-        if due(self.shards_at) && !matches!(self.phase, Phase::Ending { .. }) {
-            self.start_shards()?;
+        if self.shards.act_on_time(now) && !matches!(self.phase, Phase::Ending { .. }) {
+            self.shards.start(self.tree.site, self.tree.spawner)?;
         }
-        if due(self.router_at) {
+        if self.router_at.is_some_and(|at| at <= now) {
             self.start_router()?;
         }
         if let Phase::Draining { until, failed } = &mut self.phase {
@@ -377,9 +327,7 @@ impl<'a> Supervisor<'a> {
                 Some(_) => {}
                 None => {
                     let failed = *failed;
-                    self.shards
-                        .iter()
-                        .for_each(|shard| shard.signal(Signal::SIGTERM));
+                    self.shards.signal(Signal::SIGTERM);
                     let time = if self.second_signal.is_some() {
                         SECOND_SIGNAL_TIME
                     } else {
@@ -395,9 +343,7 @@ impl<'a> Supervisor<'a> {
         if let Phase::Ending { until, .. } = &mut self.phase
             && *until <= now
         {
-            self.shards
-                .iter()
-                .for_each(|shard| shard.signal(Signal::SIGKILL));
+            self.shards.signal(Signal::SIGKILL);
             *until = now + SHARD_STOP_TIME;
         }
         Ok(())
@@ -434,16 +380,4 @@ impl std::fmt::Display for Who {
             Self::Router => "the router",
         })
     }
-}
-
-fn take_ended(processes: &mut Vec<Process>) -> Vec<(Process, Ending)> {
-    let mut ended = Vec::new();
-    let mut index = 0;
-    while index < processes.len() {
-        match processes[index].reap() {
-            Some(how) => ended.push((processes.remove(index), how)),
-            None => index += 1,
-        }
-    }
-    ended
 }

@@ -29,10 +29,14 @@ LLAMA = {
     "consolidated.safetensors": 2000,
     "onnx/model.json": 3,
 }
-TAKEN = sorted(
-    ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    + ["tokenizer.json", "chat_template.jinja"]
-)
+TAKEN = [
+    "chat_template.jinja",
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+]
 
 
 def refusal(kind: type, status: int = 404) -> Exception:
