@@ -17,15 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 LIBRARY = ROOT / "kvrun_kernels" / "native.so"
 
-COMMON = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=off "
-    "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes "
-    # GCC's own AVX-512 intrinsics trip these two.
-    "-Wno-maybe-uninitialized -Wno-uninitialized"
-).split()
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+# A sum must have the same bits in every loop that forms it: the compiler may not fuse what the source does not.
+COMMON += ["-ffp-contract=off"]
+# GCC's own AVX-512 intrinsics trip the last two.
+COMMON += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
-AVX2 = "-mavx2 -mfma -mf16c -mbmi2".split()
-AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 X86_LEVELS = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 # The only op that gains from a level's last instruction; the others would be compiled twice for nothing.

@@ -1,9 +1,8 @@
 """What the kernels' tests share: every level this machine has, and one way to compare with a reference."""
 
+import kvrun_kernels
 import pytest
 import torch
-
-import kvrun_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -63,8 +63,8 @@ def use(level: str = "native") -> None:
     global _chosen
     if level == "reference" or (level == "native" and _library is None):
         _chosen = None
-    elif level == "native":
-        _chosen = _best()
+    elif level == "native" and _library is not None:
+        _chosen = _best(_library)
     elif level in levels():
         _chosen = level
     else:
@@ -119,9 +119,9 @@ def _load() -> ctypes.CDLL | None:
     return library
 
 
-def _best() -> str:
+def _best(library: ctypes.CDLL) -> str:
     """The level that is fastest here, which a processor's mere ability does not decide."""
-    return next(level for level in levels() if _library.kvrun_prefers(level.encode()))
+    return next(level for level in LEVELS if library.kvrun_prefers(level.encode()))
 
 
 _kernels: dict[str, Kernel] = {}

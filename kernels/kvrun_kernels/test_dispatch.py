@@ -20,9 +20,7 @@ needs_library = pytest.mark.skipif(not kvrun_kernels.levels(), reason="native.so
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=KERNELS
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=KERNELS)
 
 
 @needs_library

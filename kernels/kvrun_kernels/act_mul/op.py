@@ -1,5 +1,7 @@
 """Activation functions, alone and as the gate of a gated feed-forward."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,7 +40,7 @@ def activation(x: Tensor, act: str) -> Tensor:
     _check(act)
     if _kernel.run is None or x.dim() != 2 or not on_cpu(x):
         return activation_reference(x, act)
-    return _run(x, x.shape[1], ACTS[act], gated=0)
+    return _run(_kernel.run, x, x.shape[1], ACTS[act], gated=0)
 
 
 def act_mul(gate_up: Tensor, act: str) -> Tensor:
@@ -48,12 +50,12 @@ def act_mul(gate_up: Tensor, act: str) -> Tensor:
         raise ValueError(f"gate and up of equal width asked, found {gate_up.shape[-1]} columns; join the two halves first")
     if _kernel.run is None or gate_up.dim() != 2 or not on_cpu(gate_up):
         return act_mul_reference(gate_up, act)
-    return _run(gate_up, gate_up.shape[1] // 2, ACTS[act], gated=1)
+    return _run(_kernel.run, gate_up, gate_up.shape[1] // 2, ACTS[act], gated=1)
 
 
-def _run(x: Tensor, width: int, act: int, gated: int) -> Tensor:
+def _run(run: Callable[..., None], x: Tensor, width: int, act: int, gated: int) -> Tensor:
     out = torch.empty((x.shape[0], width), dtype=x.dtype)
-    _kernel.run(out.data_ptr(), x.data_ptr(), x.shape[0], width, x.stride(0), act, gated, DTYPES[x.dtype])
+    run(out.data_ptr(), x.data_ptr(), x.shape[0], width, x.stride(0), act, gated, DTYPES[x.dtype])
     return out
 
 

@@ -17,54 +17,51 @@ _pack = Kernel("pack_linear", "pp iii i")
 class PackedLinear:
     """A weight [out_features, in_features], held once: as panels for the native kernel, or as it came.
 
-    `panels` is [panels, inputs / pair, 32, pair]: 32 output rows at a time, stored input by input, so that a thread
+    Packed, `held` is [panels, inputs / pair, 32, pair]: 32 output rows at a time, stored input by input, so that a thread
     reads one straight stream; bfloat16 keeps adjacent inputs in pairs. Ends are padded with zeros.
     """
 
-    __slots__ = ("in_features", "out_features", "panels", "plain")
+    __slots__ = ("held", "in_features", "out_features", "packed")
 
-    def __init__(self, out_features: int, in_features: int, panels: Tensor | None, plain: Tensor | None):
+    def __init__(self, out_features: int, in_features: int, held: Tensor, packed: bool):
         self.out_features = out_features
         self.in_features = in_features
-        self.panels = panels
-        self.plain = plain
+        self.held = held
+        self.packed = packed
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._held().dtype
+        return self.held.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes held, padding included."""
-        return self._held().nbytes
+        return self.held.nbytes
 
     def rows(self, ids: Tensor) -> Tensor:
         """Output rows `ids` of the weight, plain: what an embedding that shares this weight looks up. -> [ids, in]"""
-        if self.plain is not None:
-            return self.plain[ids]
-        return self.panels[ids // PANEL, :, ids % PANEL].flatten(-2)[..., : self.in_features]
+        if not self.packed:
+            return self.held[ids]
+        return self.held[ids // PANEL, :, ids % PANEL].flatten(-2)[..., : self.in_features]
 
     def dense(self) -> Tensor:
-        """The whole weight as it came, copied out. -> [out_features, in_features]"""
-        if self.plain is not None:
-            return self.plain
-        return self.panels.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
-
-    def _held(self) -> Tensor:
-        return self.plain if self.plain is not None else self.panels
+        """The whole weight as it came; a copy if it was packed. -> [out_features, in_features]"""
+        if not self.packed:
+            return self.held
+        return self.held.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
 
 
 def pack_linear(weight: Tensor) -> PackedLinear:
     """Lay out a weight [out_features, in_features] for `linear`; the caller can let go of it afterwards."""
     out_features, in_features = weight.shape
     if _pack.run is None or not on_cpu(weight) or 0 in weight.shape:
-        return PackedLinear(out_features, in_features, None, weight)
+        return PackedLinear(out_features, in_features, weight, packed=False)
     # Pairs of bfloat16 widen to float32 by a shift and a mask, and are what its dot product instruction takes.
     pair = 2 if weight.dtype == torch.bfloat16 else 1
     shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
     panels = torch.empty(shape, dtype=weight.dtype)
     _pack.run(panels.data_ptr(), weight.data_ptr(), out_features, in_features, weight.stride(0), DTYPES[weight.dtype])
-    return PackedLinear(out_features, in_features, panels, None)
+    return PackedLinear(out_features, in_features, panels, packed=True)
 
 
 def reference(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
@@ -80,16 +77,16 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")
-    if packed.panels is None:
-        if not x.is_cpu or x.dtype != packed.plain.dtype:
+    if not packed.packed:
+        if x.dtype != packed.dtype:
             return reference(x, packed, bias)
-        return torch.nn.functional.linear(x, packed.plain, None if bias is None else bias.to(x.dtype))
+        return torch.nn.functional.linear(x, packed.held, None if bias is None else bias.to(x.dtype))
     if _kernel.run is None or not on_cpu(x, bias):
         return reference(x, packed, bias)
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
     _kernel.run(
-        out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), x.data_ptr(), packed.held.data_ptr(), None if bias is None else bias.data_ptr(),
         x.shape[0], packed.out_features, packed.in_features, x.stride(0),
-        DTYPES[x.dtype], DTYPES[packed.panels.dtype], 0 if bias is None else DTYPES[bias.dtype],
+        DTYPES[x.dtype], DTYPES[packed.dtype], 0 if bias is None else DTYPES[bias.dtype],
     )  # fmt: skip
     return out

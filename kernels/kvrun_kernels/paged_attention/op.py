@@ -71,12 +71,13 @@ def paged_attention(
     if q.shape[1] % pool.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads over {pool.shape[2]} key heads; the first must be a multiple of the second")
     tables = (query_start, contexts, page_table)
-    native = _kernel.run is not None and on_cpu(q, pool, slopes) and pool.is_contiguous()
+    run = _kernel.run
+    native = on_cpu(q, pool, slopes) and pool.is_contiguous()
     native = native and all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in tables)
-    if not native or (slopes is not None and slopes.dtype != torch.float32):
+    if run is None or not native or (slopes is not None and slopes.dtype != torch.float32):
         return reference(q, pool, query_start, contexts, page_table, scale, window, softcap, slopes)
     out = torch.empty(q.shape, dtype=q.dtype)
-    _kernel.run(
+    run(
         out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(),
         page_table.data_ptr(), None if slopes is None else slopes.data_ptr(),
         q.shape[1], pool.shape[2], q.shape[2], contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],

@@ -34,9 +34,7 @@ class Batch:
 
     def expected(self, **options):
         # The reference multiplies hidden values by 0, which NaN survives.
-        return reference(
-            self.q, self.pool.nan_to_num(0.0), self.query_start, self.contexts, self.page_table, self.scale, **options
-        )
+        return reference(self.q, self.pool.nan_to_num(0.0), self.query_start, self.contexts, self.page_table, self.scale, **options)
 
 
 @pytest.mark.parametrize("dim", (8, 20, 64, 80, 96, 112, 128, 192, 256))

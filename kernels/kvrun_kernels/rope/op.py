@@ -38,11 +38,12 @@ def rope_(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, sty
         raise ValueError(f"rope style {style!r} asked, there are {', '.join(STYLES)}; name one of these")
     if 2 * cos.shape[1] > q.shape[-1]:
         raise ValueError(f"{2 * cos.shape[1]} dimensions to rotate in heads of {q.shape[-1]}; give cos and sin half as wide")
-    native = _kernel.run is not None and on_cpu(q, k) and positions.dtype == torch.int32
-    if not (native and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()):
+    run = _kernel.run
+    native = on_cpu(q, k) and positions.dtype == torch.int32
+    if run is None or not (native and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()):
         return reference(q, k, positions, cos, sin, style)
     for heads in (q, k):
-        _kernel.run(
+        run(
             heads.data_ptr(), positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), heads.shape[0], heads.shape[1],
             cos.shape[1], heads.stride(0), heads.stride(1), cos.shape[0], STYLES[style], DTYPES[heads.dtype], 0,
         )  # fmt: skip

@@ -31,6 +31,5 @@ def cases() -> Iterator[Case]:
 
 def _segments(rows: int, run: int, rank: int, inputs: int, columns: int, dtype: torch.dtype) -> LoraSegments:
     return LoraSegments(
-        Segment(i, i + run, torch.randn(rank, inputs).to(dtype), torch.zeros(rank, columns, dtype=dtype), 0)
-        for i in range(0, rows, run)
+        Segment(i, i + run, torch.randn(rank, inputs).to(dtype), torch.zeros(rank, columns, dtype=dtype), 0) for i in range(0, rows, run)
     )

@@ -24,10 +24,11 @@ def store_kv(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
     k [tokens, kv_heads, dim] · v [tokens, kv_heads, at most dim], the rest of its place is zeroed ·
     pool [pages, 2, kv_heads, page_tokens, dim], keys at 0 and values at 1 · slots [tokens] int32.
     """
-    native = _kernel.run is not None and on_cpu(k, v, pool) and pool.is_contiguous() and k.dtype == v.dtype
-    if not native or slots.dtype != torch.int32:
+    run = _kernel.run
+    native = on_cpu(k, v, pool) and pool.is_contiguous() and k.dtype == v.dtype
+    if run is None or not native or slots.dtype != torch.int32:
         return reference(k, v, pool, slots)
-    _kernel.run(
+    run(
         k.data_ptr(), v.data_ptr(), pool.data_ptr(), slots.data_ptr(), k.shape[0], k.shape[1], pool.shape[3],
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), k.shape[2], v.shape[2], pool.shape[0],
         DTYPES[k.dtype], DTYPES[pool.dtype],
