@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, short, env, default_value_t = 3000)]
     pub port: u16,
     /// Number of an open, listening socket to use instead; whoever opened it answers for its address
-    #[arg(long, conflicts_with_all = ["hostname", "port"])]
+    #[arg(long)]
     pub http_fd: Option<RawFd>,
     /// Number of an open socket that takes messages for the launcher
     #[arg(long)]

@@ -201,7 +201,7 @@ async fn completions_default_to_sixteen_tokens_and_count_usage() {
     let server = serve().await;
     let body = json!({"prompt": ["Hi", "Ho"], "ignore_eos": true});
     let (_, answer) = server.ask("/v1/completions", body).await;
-    assert_eq!(answer["usage"]["completion_tokens"], 32);
+    assert_eq!(answer["usage"]["completion_tokens"], 32, "{answer}");
     assert_eq!(answer["usage"]["prompt_tokens"], 6);
     assert_eq!(answer["object"], "text_completion");
     assert!(answer["id"].as_str().unwrap().starts_with("cmpl-"));
@@ -223,6 +223,11 @@ async fn echo_puts_the_prompt_and_its_log_probabilities_in_front() {
     assert_eq!(
         lists["tokens"].as_array().unwrap()[..4],
         ["<s>", "H", "e", "y"]
+    );
+    // The control token takes no room.
+    assert_eq!(
+        lists["text_offset"].as_array().unwrap()[..5],
+        [0, 0, 1, 2, 3]
     );
     assert_eq!(lists["token_logprobs"][0], Value::Null);
     assert!(lists["token_logprobs"][1].is_f64());

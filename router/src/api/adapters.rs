@@ -249,21 +249,18 @@ async fn load_from(
         None => origin.default_name(),
     };
     check_name(app, &name)?;
-    let path = origin.resolve(&app.settings).await?;
-    let spec = AdapterSpec {
-        name: name.clone(),
-        path,
-        pinned,
-    };
     // The load belongs to the registry: a client that leaves does not undo it for others who wait.
-    let adapters = app.engine.adapters().clone();
-    let outcome = tokio::spawn(async move { adapters.load(spec).await }).await;
-    let loaded = outcome.unwrap_or_else(|_| {
-        Err(LoadError::Unavailable(
-            "the load was interrupted; try again".into(),
-        ))
+    let (own, wanted) = (app.clone(), name.clone());
+    let load = tokio::spawn(async move {
+        let spec = AdapterSpec {
+            path: origin.resolve(&own.settings).await?,
+            name: wanted,
+            pinned,
+        };
+        Ok(own.engine.adapters().load(spec).await?)
     });
-    match loaded {
+    let interrupted = |_| LoadError::Unavailable("the load was interrupted; try again".to_owned());
+    match load.await.map_err(interrupted)? {
         Ok(info) => {
             tracing::info!(
                 adapter = name,
@@ -274,8 +271,9 @@ async fn load_from(
             Ok(Adapter::of(app, info))
         }
         Err(error) => {
+            let error: ApiError = error;
             tracing::warn!(adapter = name, %error, "adapter not loaded");
-            Err(error.into())
+            Err(error)
         }
     }
 }

@@ -4,7 +4,7 @@ use metrics::counter;
 
 use super::App;
 use super::answer::Generation;
-use super::error::ApiError;
+use super::error::{ApiError, Kind};
 use super::request::{Caller, GenerateRequest};
 use super::validate::{Checked, check_count, validate};
 use crate::metrics as names;
@@ -48,7 +48,7 @@ pub async fn admit(app: &App, caller: &Caller, batch: Batch) -> Result<Vec<Admit
             own.request.sampling.seed = own.request.sampling.seed.wrapping_add(copy as u64);
             let permit = permits
                 .split(1)
-                .unwrap_or_else(|| unreachable!("one permit per answer was acquired"));
+                .ok_or_else(|| ApiError::new(Kind::Incomplete, "fewer permits than answers"))?;
             generations.push(Generation::submit(app, caller, &own, permit, batch.method).await?);
         }
         admitted.push(Admitted {

@@ -99,7 +99,7 @@ async fn download(settings: &Settings, id: &str) -> Result<PathBuf, ApiError> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    // A client that leaves, or a download that takes too long, must not leave a process behind.
+    // A download that takes too long must not leave a process behind.
     command.kill_on_drop(true);
     let failed = |reason: &str| {
         ApiError::new(

@@ -217,9 +217,15 @@ fn logprobs(app: &App, checked: &Checked, answer: &Whole, prompt_text: &str) -> 
             top: vec![],
         };
         lists.push(app, &first, None, 0);
-        for info in &answer.prompt {
+        if !app.text.tokenizer().is_special(first.id) {
             offset += lists.tokens.last().map_or(0, |token| token.chars().count());
+        }
+        for info in &answer.prompt {
             lists.push(app, info, Some(info.logprob), offset);
+            // Control tokens of the prompt are no part of the echoed text.
+            if !app.text.tokenizer().is_special(info.id) {
+                offset += lists.tokens.last().map_or(0, |token| token.chars().count());
+            }
         }
     }
     let mut offset = prompt_text.chars().count();
