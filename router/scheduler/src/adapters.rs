@@ -383,7 +383,8 @@ impl Adapters {
             if others_leave {
                 break;
             }
-            if need > self.capacity || (!proven && users == 0) {
+            let never = need.saturating_add(self.pinned()) > self.capacity;
+            if never || (!proven && users == 0) {
                 self.refuse(id, need);
                 refused.push(id);
             } else if users == 0 {
@@ -428,6 +429,18 @@ impl Adapters {
     fn loading(&self) -> usize {
         let loading = |view: &&AdapterView| matches!(view.residency, Residency::Loading { .. });
         self.all.values().filter(loading).count()
+    }
+
+    /// Bytes that never make room for others.
+    fn pinned(&self) -> u64 {
+        let pinned = |view: &&AdapterView| {
+            view.pinned && matches!(view.residency, Residency::Resident { .. })
+        };
+        self.all
+            .values()
+            .filter(pinned)
+            .map(|view| view.bytes)
+            .sum()
     }
 
     fn load(&mut self, id: AdapterId, orders: &mut Vec<AdapterOrder>) {
