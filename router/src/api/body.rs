@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{FromRequest, Request};
 use axum::http::header;
+use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
 use super::App;
@@ -14,6 +15,8 @@ use super::error::{ApiError, Kind};
 const DEPTH: usize = 64;
 /// Longest time a body may take to arrive.
 const ARRIVAL: Duration = Duration::from_secs(30);
+/// Time for the rest of a body that is refused.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// A JSON body as a wire type. Unknown fields are refused by name where the type says so.
 pub struct JsonBody<T>(pub T);
@@ -47,39 +50,53 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-        if announced.is_some_and(|bytes| bytes > limit) {
-            return Err(too_large(limit));
-        }
-        let bytes = read(request.into_body(), limit).await?;
+        let bytes = read(request.into_body(), announced, limit).await?;
         parse(&bytes).map(Self)
     }
 }
 
-async fn read(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
-    let whole = axum::body::to_bytes(body, limit);
-    match tokio::time::timeout(ARRIVAL, whole).await {
-        Ok(Ok(bytes)) => Ok(bytes.into()),
-        Ok(Err(error)) if is_limit(&error) => Err(too_large(limit)),
-        Ok(Err(_)) => Err(ApiError::new(
-            Kind::Validation,
-            "the body broke off before its end",
-        )),
-        Err(_) => Err(ApiError::new(
-            Kind::Timeout,
-            format!("the body did not arrive within {} s", ARRIVAL.as_secs()),
-        )),
+async fn read(body: Body, announced: Option<usize>, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let mut pieces = body.into_data_stream();
+    let whole = async {
+        let mut bytes = Vec::new();
+        let mut fits = announced.is_none_or(|announced| announced <= limit);
+        while fits && let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|_| {
+                ApiError::new(Kind::Validation, "the body broke off before its end")
+            })?;
+            fits = bytes.len() + piece.len() <= limit;
+            bytes.extend_from_slice(&piece);
+        }
+        if fits {
+            Ok(bytes)
+        } else {
+            Err(too_large(limit))
+        }
+    };
+    let late = || {
+        let message = format!("the body did not arrive within {} s", ARRIVAL.as_secs());
+        ApiError::new(Kind::Timeout, message)
+    };
+    let read = tokio::time::timeout(ARRIVAL, whole).await;
+    let read = read.unwrap_or_else(|_| Err(late()));
+    if read.is_err() {
+        linger(&mut pieces, limit).await;
     }
+    read
 }
 
-fn is_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if inner.to_string().contains("length limit") {
-            return true;
+/// Takes a little more of a refused body: many clients read an answer only once theirs is sent.
+async fn linger(pieces: &mut BodyDataStream, limit: usize) {
+    let mut room = limit.saturating_mul(4);
+    let rest = async {
+        while room > 0
+            && let Some(Ok(piece)) = pieces.next().await
+        {
+            room = room.saturating_sub(piece.len());
         }
-        source = inner.source();
-    }
-    false
+    };
+    // Whether it ended or not, the answer goes out now.
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 fn too_large(limit: usize) -> ApiError {
