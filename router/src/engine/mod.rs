@@ -1,9 +1,11 @@
 //! The engine: one task owns the scheduler and drives every shard in lockstep; requests talk to it through channels.
 
 mod adapters;
+mod commands;
 mod drive;
 mod meters;
 mod shards;
+mod tell;
 mod watchdog;
 mod wire;
 
