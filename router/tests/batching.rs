@@ -79,7 +79,11 @@ async fn a_second_turn_reuses_the_pages_of_the_first_answer() {
 
 #[tokio::test]
 async fn a_small_pool_preempts_and_every_answer_is_still_right() {
-    let bench = start(|setup| setup.engine.pool_tokens = 640).await;
+    let small = |setup: &mut Setup| {
+        setup.engine.pool_tokens = 640;
+        setup.engine.queue_tokens = u64::MAX;
+    };
+    let bench = start(small).await;
     let requests: Vec<_> = (0..12).map(|n| request(n, 40, 200)).collect();
     let answers = join_all(requests.iter().map(|r| ask(&bench.engine, r.clone()))).await;
     for (request, (ids, _)) in requests.iter().zip(answers) {
@@ -218,4 +222,37 @@ async fn the_end_of_the_grace_time_fails_what_still_runs() {
     within(bench.engine.drain(Duration::from_millis(100))).await;
     assert_eq!(collect(answer).await.1, End::Failed(Failure::ShuttingDown));
     bench.assert_all_returned().await;
+}
+
+/// The quantile of a histogram on the metrics page: the upper bound of the bucket that holds it, in seconds.
+fn quantile(page: &str, name: &str, quantile: f64) -> f64 {
+    let buckets: Vec<(f64, f64)> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix(&format!("{name}_bucket{{le=\"")))
+        .filter_map(|line| line.split_once("\"} "))
+        .map(|(bound, count)| (bound.parse().unwrap_or(f64::INFINITY), count.parse().unwrap()))
+        .collect();
+    let total = buckets.last().map_or(0.0, |(_, count)| *count);
+    let holds = |(_, count): &&(f64, f64)| *count >= total * quantile;
+    buckets.iter().find(holds).map_or(f64::NAN, |(bound, _)| *bound)
+}
+
+#[tokio::test]
+async fn the_router_takes_less_than_a_third_of_a_millisecond_between_steps() {
+    let page = kvrun_router::metrics::install();
+    let bench = start(|_| {}).await;
+    let streams = (0..32).map(|number| {
+        let mut asked = request(number, 50, 400);
+        asked.end_tokens = Arc::from([]);
+        ask(&bench.engine, asked)
+    });
+    join_all(streams).await;
+    let page = page.render();
+    for name in ["kvrun_router_gap_seconds", "kvrun_step_transport_seconds"] {
+        let (p50, p99) = (quantile(&page, name, 0.5), quantile(&page, name, 0.99));
+        println!("{name}: p50 <= {p50} s, p99 <= {p99} s");
+    }
+    // Other tests of this process count into the same histogram, all with fewer rows or about as many.
+    let gap = quantile(&page, "kvrun_router_gap_seconds", 0.5);
+    assert!(gap <= 0.0003, "p50 {gap} s");
 }

@@ -34,8 +34,8 @@ async fn assert_all_right(bench: &Bench, jobs: &[(ValidRequest, Option<&'static 
     }
 }
 
-/// Streams while `disturb` is called again and again at random moments.
-async fn streams_survive(ranks: u32, rounds: usize, disturb: impl Fn(&mut Bench, &mut StdRng) + Send + 'static) {
+/// Streams, wave after wave, while `disturb` is called at random moments, `times` times at least.
+async fn streams_survive(ranks: u32, times: usize, disturb: impl Fn(&mut Bench, &mut StdRng) + Send + 'static) {
     let mut bench = start(|setup| {
         setup.ranks = ranks;
         setup.adapters = vec!["a", "b"];
@@ -45,7 +45,8 @@ async fn streams_survive(ranks: u32, rounds: usize, disturb: impl Fn(&mut Bench,
         shard.faults().step_delay(Duration::from_millis(1));
     }
     let mut rng = StdRng::seed_from_u64(7);
-    for _ in 0..rounds {
+    let (mut disturbed, mut answered) = (0, 0);
+    while disturbed < times {
         let jobs = jobs(&bench, 16);
         let engine = bench.engine.clone();
         let done = Arc::new(AtomicBool::new(false));
@@ -61,24 +62,32 @@ async fn streams_survive(ranks: u32, rounds: usize, disturb: impl Fn(&mut Bench,
             tokio::time::sleep(Duration::from_millis(pause)).await;
             if !done.load(Ordering::Acquire) {
                 disturb(&mut bench, &mut rng);
+                disturbed += 1;
             }
         }
         for ((request, name), (ids, end)) in jobs.iter().zip(streams.await.unwrap()) {
             assert!(matches!(end, End::Finished(_)), "{end:?}");
             assert_eq!(ids, bench.alone(request, *name));
+            answered += 1;
         }
     }
+    println!("{disturbed} disturbances, {answered} answers, all as alone");
     bench.assert_all_returned().await;
+}
+
+/// `KVRUN_KILLS=100` for the long run.
+fn kills() -> usize {
+    std::env::var("KVRUN_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(8)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_survive_kills_at_random_moments() {
-    streams_survive(1, 2, |bench, _| bench.restart_shards()).await;
+    streams_survive(1, kills(), |bench, _| bench.restart_shards()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_survive_the_death_of_either_rank() {
-    streams_survive(2, 1, |bench, rng| {
+    streams_survive(2, kills() / 2, |bench, rng| {
         bench.shards[rng.random_range(0..2)].kill();
         bench.restart_shards();
     })
@@ -87,7 +96,7 @@ async fn streams_survive_the_death_of_either_rank() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_and_stale_replies_change_nothing() {
-    streams_survive(2, 1, |bench, rng| {
+    streams_survive(2, 10, |bench, rng| {
         let fault = if rng.random() { Fault::DuplicateReply } else { Fault::StaleReply };
         let rank = rng.random_range(0..2);
         bench.shards[rank].faults().after_steps(1, fault);
