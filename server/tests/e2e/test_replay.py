@@ -50,7 +50,7 @@ def freeze_one(tree: Tree, rng: random.Random) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_shard_costs_no_stream_a_token(ranks):
-    with running(*demo_flags(), "--num-shard", str(ranks), env={"KVRUN_RESTART_BUDGET": str(KILLS + 5)}) as tree:
+    with running(*demo_flags(), "--num-shard", str(ranks), "--restart-budget", "0") as tree:
         count = check_survival(tree, KILLS if ranks == 1 else max(1, KILLS // 5), kill_one, seed=ranks)
         gauges = idle(tree)
         print(f"{count} streams compared over kills; restarts {gauges.get('kvrun_shard_restarts_total')}")
