@@ -1,4 +1,5 @@
 //! Adapters come and go while requests run, and nobody waits for anybody else's.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -14,7 +15,10 @@ async fn a_loaded_adapter_is_listed_with_what_the_shard_said() {
     let mut bench = start(|_| {}).await;
     bench.write_adapter("a", 100);
     let info = bench.engine.adapters().load(bench.spec("a")).await.unwrap();
-    assert_eq!((info.state, info.bytes, info.rank_max), (AdapterState::Ready, 100, 4));
+    assert_eq!(
+        (info.state, info.bytes, info.rank_max),
+        (AdapterState::Ready, 100, 4)
+    );
     assert_eq!(info.digest.len(), 64);
     assert_eq!(info.targets, ["q_proj"]);
     let again = bench.engine.adapters().load(bench.spec("a")).await.unwrap();
@@ -26,13 +30,22 @@ async fn a_loaded_adapter_is_listed_with_what_the_shard_said() {
 async fn bad_adapters_are_refused_with_the_reason() {
     let mut bench = start(|setup| setup.engine.adapter_bytes = 1000).await;
     let load = |spec| bench.engine.adapters().load(spec);
-    assert!(matches!(load(bench.spec("missing")).await, Err(LoadError::NotFound(_))));
+    assert!(matches!(
+        load(bench.spec("missing")).await,
+        Err(LoadError::NotFound(_))
+    ));
     std::fs::create_dir_all(bench.home.path().join("adapters/empty")).unwrap();
-    assert!(matches!(load(bench.spec("empty")).await, Err(LoadError::Invalid(_))));
+    assert!(matches!(
+        load(bench.spec("empty")).await,
+        Err(LoadError::Invalid(_))
+    ));
     bench.write_adapter("huge", 1001);
     bench.write_adapter("a", 10);
     let load = |spec| bench.engine.adapters().load(spec);
-    assert!(matches!(load(bench.spec("huge")).await, Err(LoadError::NoRoom(_))));
+    assert!(matches!(
+        load(bench.spec("huge")).await,
+        Err(LoadError::NoRoom(_))
+    ));
     load(bench.spec("a")).await.unwrap();
     let mut other = bench.spec("huge");
     other.name = "a".to_owned();
@@ -44,7 +57,9 @@ async fn bad_adapters_are_refused_with_the_reason() {
 async fn a_slow_load_stops_nobody_else() {
     let mut bench = start(|setup| setup.adapters = vec!["warm"]).await;
     bench.write_adapter("slow", 64);
-    bench.shards[0].faults().load_delay(Duration::from_millis(800));
+    bench.shards[0]
+        .faults()
+        .load_delay(Duration::from_millis(800));
     let (engine, spec) = (bench.engine.clone(), bench.spec("slow"));
     let begun = Instant::now();
     let load = tokio::spawn(async move { engine.adapters().load(spec).await });
@@ -52,17 +67,26 @@ async fn a_slow_load_stops_nobody_else() {
     warm.adapter = bench.adapter("warm");
     let base = request(2, 20, 20);
     tokio::join!(ask(&bench.engine, warm), ask(&bench.engine, base));
-    assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_millis(700),
+        "{:?}",
+        begun.elapsed()
+    );
     let mut slow = request(3, 20, 20);
     slow.adapter = bench.adapter("slow");
-    assert_eq!(ask(&bench.engine, slow.clone()).await.0, bench.alone(&slow, Some("slow")));
+    assert_eq!(
+        ask(&bench.engine, slow.clone()).await.0,
+        bench.alone(&slow, Some("slow"))
+    );
     load.await.unwrap().unwrap();
 }
 
 #[tokio::test]
 async fn an_adapter_unloaded_in_use_serves_its_running_requests_to_the_end() {
     let bench = start(|setup| setup.adapters = vec!["a"]).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(3));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(3));
     let mut asked = request(1, 20, 40);
     asked.end_tokens = Arc::from([]);
     asked.adapter = bench.adapter("a");
@@ -76,7 +100,10 @@ async fn an_adapter_unloaded_in_use_serves_its_running_requests_to_the_end() {
     let info = bench.engine.adapters().unload("a").await.unwrap();
     assert_eq!((info.state, info.users), (AdapterState::Draining, 1));
     assert!(bench.engine.adapters().resolve("a").is_err());
-    assert_eq!(bench.engine.submit(asked.clone()).await.err(), Some(Refusal::UnknownAdapter("a".to_owned())));
+    assert_eq!(
+        bench.engine.submit(asked.clone()).await.err(),
+        Some(Refusal::UnknownAdapter("a".to_owned()))
+    );
     assert_eq!(bench.shards[0].watch().last().adapters, 1);
     while let Some(event) = within(answer.next()).await {
         if let Event::Token(token) = event {
@@ -117,7 +144,9 @@ async fn more_adapters_than_fit_take_turns() {
 #[tokio::test]
 async fn adapters_churn_in_flight_and_every_answer_is_right() {
     let bench = start(|setup| setup.adapters = vec!["a", "b"]).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(1));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(1));
     let churn = async {
         for _ in 0..20 {
             bench.engine.adapters().unload("a").await.unwrap();
@@ -150,7 +179,10 @@ async fn adapters_are_loaded_again_after_the_shards_died() {
     bench.restart_shards();
     let mut asked = request(1, 20, 20);
     asked.adapter = bench.adapter("a");
-    assert_eq!(ask(&bench.engine, asked.clone()).await.0, bench.alone(&asked, Some("a")));
+    assert_eq!(
+        ask(&bench.engine, asked.clone()).await.0,
+        bench.alone(&asked, Some("a"))
+    );
     let info = bench.engine.adapters().list().remove(0);
     assert_eq!(info.state, AdapterState::Ready);
 }

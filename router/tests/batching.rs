@@ -1,4 +1,5 @@
 //! Many requests in one running batch, over the real wire.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -27,7 +28,9 @@ async fn every_answer_in_a_batch_equals_the_answer_alone() {
 async fn base_and_adapters_share_a_batch() {
     let names = ["a", "b", "c"];
     let bench = start(|setup| setup.adapters = names.to_vec()).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(2));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(2));
     let jobs: Vec<_> = (0..24)
         .map(|n| {
             let name = names.get(n as usize % 4).copied();
@@ -48,7 +51,10 @@ async fn base_and_adapters_share_a_batch() {
 async fn a_prompt_larger_than_a_step_is_computed_in_chunks_beside_running_answers() {
     let bench = start(|setup| setup.engine.step_tokens = 64).await;
     let (long, short) = (request(1, 1000, 8), request(2, 5, 100));
-    let (a, b) = tokio::join!(ask(&bench.engine, long.clone()), ask(&bench.engine, short.clone()));
+    let (a, b) = tokio::join!(
+        ask(&bench.engine, long.clone()),
+        ask(&bench.engine, short.clone())
+    );
     assert_eq!(a.0, bench.alone(&long, None));
     assert_eq!(b.0, bench.alone(&short, None));
     bench.assert_all_returned().await;
@@ -72,7 +78,16 @@ async fn a_second_turn_reuses_the_pages_of_the_first_answer() {
     stranger.tenant = Arc::from("somebody else");
     let mut answer = bench.engine.submit(stranger).await.unwrap();
     let started = within(answer.next()).await;
-    assert!(matches!(started, Some(Event::Started { cached_tokens: 0, .. })), "{started:?}");
+    assert!(
+        matches!(
+            started,
+            Some(Event::Started {
+                cached_tokens: 0,
+                ..
+            })
+        ),
+        "{started:?}"
+    );
     drop(answer);
     bench.assert_all_returned().await;
 }
@@ -96,7 +111,13 @@ async fn a_small_pool_preempts_and_every_answer_is_still_right() {
 async fn what_cannot_fit_is_refused_at_admission() {
     let bench = start(|setup| setup.engine.pool_tokens = 160).await;
     let refusal = bench.engine.submit(request(1, 100, 61)).await.err();
-    assert_eq!(refusal, Some(Refusal::TooLong { asked: 161, limit: 160 }));
+    assert_eq!(
+        refusal,
+        Some(Refusal::TooLong {
+            asked: 161,
+            limit: 160
+        })
+    );
     ask(&bench.engine, request(1, 100, 60)).await;
 }
 
@@ -107,7 +128,9 @@ async fn a_full_queue_refuses_with_a_time_to_come_back() {
         setup.engine.queue_requests = 2;
     };
     let bench = start(few).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(20));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(20));
     let mut kept = Vec::new();
     let refusal = loop {
         match bench.engine.submit(request(kept.len() as u64, 8, 50)).await {
@@ -136,7 +159,13 @@ async fn a_failing_row_leaves_its_neighbours_alone() {
         ask(&bench.engine, bad),
         join_all(good.iter().map(|r| ask(&bench.engine, r.clone())))
     );
-    assert_eq!(failed, (vec![], End::Failed(Failure::Row("nan_logits: row of the test".to_owned()))));
+    assert_eq!(
+        failed,
+        (
+            vec![],
+            End::Failed(Failure::Row("nan_logits: row of the test".to_owned()))
+        )
+    );
     for (request, (ids, _)) in good.iter().zip(answers) {
         assert_eq!(ids, bench.alone(request, None));
     }
@@ -159,13 +188,19 @@ async fn prompt_log_probabilities_come_once_and_before_the_first_token() {
     };
     let ids: Vec<_> = tokens.iter().map(|token| token.id).collect();
     assert_eq!(ids, request.prompt[1..]);
-    assert!(events[2..].iter().all(|event| !matches!(event, Event::Prompt(_))));
+    assert!(
+        events[2..]
+            .iter()
+            .all(|event| !matches!(event, Event::Prompt(_)))
+    );
 }
 
 #[tokio::test]
 async fn a_request_fails_soon_after_its_deadline_and_keeps_what_it_got() {
     let bench = start(|_| {}).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(20));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(20));
     let mut request = request(1, 10, 4000);
     request.end_tokens = Arc::from([]);
     let begun = Instant::now();
@@ -173,7 +208,11 @@ async fn a_request_fails_soon_after_its_deadline_and_keeps_what_it_got() {
     let (ids, end) = ask(&bench.engine, request).await;
     assert_eq!(end, End::Failed(Failure::Deadline));
     assert!(!ids.is_empty());
-    assert!(begun.elapsed() < Duration::from_millis(1300), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_millis(1300),
+        "{:?}",
+        begun.elapsed()
+    );
     bench.assert_all_returned().await;
 }
 
@@ -187,7 +226,10 @@ async fn two_ranks_compute_every_step_together() {
     let mut with = request(1, 30, 30);
     with.adapter = bench.adapter("a");
     let without = request(2, 30, 30);
-    let (a, b) = tokio::join!(ask(&bench.engine, with.clone()), ask(&bench.engine, without.clone()));
+    let (a, b) = tokio::join!(
+        ask(&bench.engine, with.clone()),
+        ask(&bench.engine, without.clone())
+    );
     assert_eq!(a.0, bench.alone(&with, Some("a")));
     assert_eq!(b.0, bench.alone(&without, None));
     let seen = bench.shards.iter().map(|shard| shard.watch().last());
@@ -199,7 +241,9 @@ async fn two_ranks_compute_every_step_together() {
 #[tokio::test]
 async fn draining_finishes_what_runs_and_refuses_what_comes() {
     let bench = start(|_| {}).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(5));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(5));
     let asked = request(1, 10, 40);
     let answer = bench.engine.submit(asked.clone()).await.unwrap();
     let engine = bench.engine.clone();
@@ -207,7 +251,10 @@ async fn draining_finishes_what_runs_and_refuses_what_comes() {
     while !bench.engine.status().draining {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    assert_eq!(bench.engine.submit(asked.clone()).await.err(), Some(Refusal::Draining));
+    assert_eq!(
+        bench.engine.submit(asked.clone()).await.err(),
+        Some(Refusal::Draining)
+    );
     assert_eq!(collect(answer).await.0, bench.alone(&asked, None));
     within(drain).await.unwrap();
 }
@@ -215,7 +262,9 @@ async fn draining_finishes_what_runs_and_refuses_what_comes() {
 #[tokio::test]
 async fn the_end_of_the_grace_time_fails_what_still_runs() {
     let bench = start(|_| {}).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(10));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(10));
     let mut endless = request(1, 10, 4000);
     endless.end_tokens = Arc::from([]);
     let answer = bench.engine.submit(endless).await.unwrap();
@@ -230,11 +279,19 @@ fn quantile(page: &str, name: &str, quantile: f64) -> f64 {
         .lines()
         .filter_map(|line| line.strip_prefix(&format!("{name}_bucket{{le=\"")))
         .filter_map(|line| line.split_once("\"} "))
-        .map(|(bound, count)| (bound.parse().unwrap_or(f64::INFINITY), count.parse().unwrap()))
+        .map(|(bound, count)| {
+            (
+                bound.parse().unwrap_or(f64::INFINITY),
+                count.parse().unwrap(),
+            )
+        })
         .collect();
     let total = buckets.last().map_or(0.0, |(_, count)| *count);
     let holds = |(_, count): &&(f64, f64)| *count >= total * quantile;
-    buckets.iter().find(holds).map_or(f64::NAN, |(bound, _)| *bound)
+    buckets
+        .iter()
+        .find(holds)
+        .map_or(f64::NAN, |(bound, _)| *bound)
 }
 
 #[tokio::test]

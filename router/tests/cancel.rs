@@ -1,4 +1,5 @@
 //! Clients that leave: everything they held is given back within a step.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -29,19 +30,28 @@ async fn a_dropped_answer_frees_its_pages_within_a_step() {
     let steps = bench.shards[0].faults().steps_seen() - seen;
     // The step in flight, and the one that releases.
     assert!(steps <= 2, "{steps} steps");
-    assert!(begun.elapsed() < 2 * step + Duration::from_millis(200), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < 2 * step + Duration::from_millis(200),
+        "{:?}",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test]
 async fn a_request_dropped_in_the_queue_is_never_computed() {
     let bench = start(|setup| setup.engine.step_rows = 1).await;
-    bench.shards[0].faults().step_delay(Duration::from_millis(5));
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(5));
     let first = bench.engine.submit(endless(1)).await.unwrap();
     let second = bench.engine.submit(endless(2)).await.unwrap();
     drop(second);
     drop(first);
     let third = request(3, 10, 5);
-    assert_eq!(ask(&bench.engine, third.clone()).await.0, bench.alone(&third, None));
+    assert_eq!(
+        ask(&bench.engine, third.clone()).await.0,
+        bench.alone(&third, None)
+    );
     bench.assert_all_returned().await;
 }
 
@@ -63,7 +73,10 @@ async fn a_third_of_the_clients_leave_and_the_others_notice_nothing() {
         async move {
             let asked = request(number, 10 + number as u32 * 5, 60);
             if number % 3 != 0 {
-                assert_eq!(ask(&bench.engine, asked.clone()).await.0, bench.alone(&asked, None));
+                assert_eq!(
+                    ask(&bench.engine, asked.clone()).await.0,
+                    bench.alone(&asked, None)
+                );
                 return;
             }
             let mut answer = bench.engine.submit(asked).await.unwrap();

@@ -1,4 +1,5 @@
 //! Shards die, hang, stutter and lie; no answer loses, repeats or changes a token.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -35,7 +36,11 @@ async fn assert_all_right(bench: &Bench, jobs: &[(ValidRequest, Option<&'static 
 }
 
 /// Streams, wave after wave, while `disturb` is called at random moments, `times` times at least.
-async fn streams_survive(ranks: u32, times: usize, disturb: impl Fn(&mut Bench, &mut StdRng) + Send + 'static) {
+async fn streams_survive(
+    ranks: u32,
+    times: usize,
+    disturb: impl Fn(&mut Bench, &mut StdRng) + Send + 'static,
+) {
     let mut bench = start(|setup| {
         setup.ranks = ranks;
         setup.adapters = vec!["a", "b"];
@@ -77,7 +82,10 @@ async fn streams_survive(ranks: u32, times: usize, disturb: impl Fn(&mut Bench, 
 
 /// `KVRUN_KILLS=100` for the long run.
 fn kills() -> usize {
-    std::env::var("KVRUN_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(8)
+    std::env::var("KVRUN_KILLS")
+        .ok()
+        .and_then(|kills| kills.parse().ok())
+        .unwrap_or(8)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,7 +105,11 @@ async fn streams_survive_the_death_of_either_rank() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_and_stale_replies_change_nothing() {
     streams_survive(2, 10, |bench, rng| {
-        let fault = if rng.random() { Fault::DuplicateReply } else { Fault::StaleReply };
+        let fault = if rng.random() {
+            Fault::DuplicateReply
+        } else {
+            Fault::StaleReply
+        };
         let rank = rng.random_range(0..2);
         bench.shards[rank].faults().after_steps(1, fault);
     })
@@ -111,11 +123,17 @@ async fn recovers_from_silence(fault: Fault) {
     // The watchdog judges by what steps took, so it has to have seen some.
     ask(&bench.engine, request(50, 5, 5)).await;
     bench.shards[0].faults().after_steps(20, fault);
-    let (engine, requests) = (bench.engine.clone(), jobs.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>());
-    let streams = tokio::spawn(async move { join_all(requests.into_iter().map(|r| ask(&engine, r))).await });
+    let (engine, requests) = (
+        bench.engine.clone(),
+        jobs.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>(),
+    );
+    let streams =
+        tokio::spawn(async move { join_all(requests.into_iter().map(|r| ask(&engine, r))).await });
     let hung = |bench: &Bench| {
         let controls = bench.controls.lock().unwrap();
-        controls.iter().any(|control| matches!(control, Control::ShardHung { .. }))
+        controls
+            .iter()
+            .any(|control| matches!(control, Control::ShardHung { .. }))
     };
     while !hung(&bench) {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -147,8 +165,12 @@ async fn a_poisonous_request_is_given_up_and_the_others_go_on() {
     poison.prompt = poison.prompt.iter().copied().chain([POISON]).collect();
     let engine = bench.engine.clone();
     let culprit = tokio::spawn(async move { ask(&engine, poison).await });
-    let (engine, requests) = (bench.engine.clone(), good.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>());
-    let others = tokio::spawn(async move { join_all(requests.into_iter().map(|r| ask(&engine, r))).await });
+    let (engine, requests) = (
+        bench.engine.clone(),
+        good.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>(),
+    );
+    let others =
+        tokio::spawn(async move { join_all(requests.into_iter().map(|r| ask(&engine, r))).await });
     let mut deaths = 0;
     while !(culprit.is_finished() && others.is_finished()) {
         if !bench.shards[0].alive() {
@@ -159,7 +181,10 @@ async fn a_poisonous_request_is_given_up_and_the_others_go_on() {
     }
     let (ids, end) = culprit.await.unwrap();
     assert!(ids.is_empty());
-    assert!(matches!(end, End::Failed(Failure::Unavailable(_))), "{end:?}");
+    assert!(
+        matches!(end, End::Failed(Failure::Unavailable(_))),
+        "{end:?}"
+    );
     assert_eq!(deaths, 3);
     for ((request, name), (ids, _)) in good.iter().zip(others.await.unwrap()) {
         assert_eq!(ids, bench.alone(request, *name));

@@ -6,8 +6,20 @@
 use crate::adapter::Adapter;
 use crate::faults::{Faults, Mark};
 use crate::tokens;
-use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step, Token};
+use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step};
 use std::collections::{HashMap, HashSet};
+
+macro_rules! rule {
+    ($holds:expr, $($text:tt)*) => {
+        if !$holds {
+            return Err(Breach::Rule(format!($($text)*)));
+        }
+    };
+}
+
+mod rules;
+
+use rules::{check_row, prompt_tokens, read, write};
 
 /// Sizes a ledger checks against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,14 +86,6 @@ pub struct Ledger {
     /// Live sequences whose table holds the page.
     users: Vec<u32>,
     adapters: HashMap<u64, Adapter>,
-}
-
-macro_rules! rule {
-    ($holds:expr, $($text:tt)*) => {
-        if !$holds {
-            return Err(Breach::Rule(format!($($text)*)));
-        }
-    };
 }
 
 impl Ledger {
@@ -306,111 +310,4 @@ impl Ledger {
         }
         Ok(outcome)
     }
-}
-
-fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result<(), Breach> {
-    let id = row.sequence;
-    let (start, end) = (row.start, u64::from(row.start) + u64::from(row.tokens));
-    let known = sequence.tokens.len() as u64;
-    let first = sequence.computed == 0;
-    rule!(
-        !sequence.failed,
-        "sequence {id} goes on after its row failed"
-    );
-    rule!(row.tokens >= 1, "sequence {id}: a row without tokens");
-    rule!(
-        row.drafts.is_empty(),
-        "sequence {id}: drafts, which the fake does not verify"
-    );
-    rule!(
-        first || start == sequence.computed,
-        "sequence {id}: row starts at {start}, {} tokens are computed",
-        sequence.computed
-    );
-    rule!(
-        end <= known,
-        "sequence {id}: row ends at {end}, {known} tokens are known"
-    );
-    rule!(
-        end <= u64::from(sizes.positions),
-        "sequence {id}: row ends at {end}, the model has {} positions",
-        sizes.positions
-    );
-    rule!(
-        row.sample == (end == known),
-        "sequence {id}: sample is {} at {end} of {known}",
-        row.sample
-    );
-    let room = sequence.pages.len() as u64 * u64::from(sizes.page_tokens);
-    rule!(
-        end <= room,
-        "sequence {id}: row ends at {end}, its pages hold {room}"
-    );
-    Ok(())
-}
-
-/// Everything before `start` must lie in the sequence's pages, written under the same tokens and adapter.
-fn read(
-    sequence: &Sequence,
-    start: usize,
-    width: usize,
-    pages: &[Vec<u64>],
-    id: u64,
-) -> Result<(), Breach> {
-    for (place, &page) in sequence.pages.iter().enumerate() {
-        let begin = place * width;
-        if begin >= start {
-            break;
-        }
-        let last = (begin + width).min(start) - 1;
-        let found = pages[page as usize].get(last - begin);
-        rule!(
-            found == Some(&sequence.chains[last]),
-            "sequence {id}: page {page} does not hold its tokens {begin}..={last} under its adapter"
-        );
-    }
-    Ok(())
-}
-
-fn write(
-    sequence: &Sequence,
-    row: &Row,
-    width: usize,
-    pages: &mut [Vec<u64>],
-    users: &[u32],
-) -> Result<(), Breach> {
-    for position in row.start as usize..(row.start + row.tokens) as usize {
-        let page = sequence.pages[position / width] as usize;
-        let slot = position % width;
-        rule!(
-            users[page] == 1,
-            "sequence {}: writes to page {page}, which {} sequences hold",
-            row.sequence,
-            users[page]
-        );
-        // What lies behind the slot belongs to an earlier owner of the page.
-        pages[page].truncate(slot);
-        rule!(
-            pages[page].len() == slot,
-            "sequence {}: page {page} has a gap before slot {slot}",
-            row.sequence
-        );
-        pages[page].push(sequence.chains[position]);
-    }
-    Ok(())
-}
-
-fn prompt_tokens(sequence: &Sequence, row: &Row, vocabulary: u32) -> Vec<Token> {
-    (row.start.max(1)..(row.start + row.tokens).min(sequence.prompt_tokens))
-        .map(|position| {
-            let position = position as usize;
-            let top = sequence.sampling.top_logprobs;
-            tokens::observed(
-                sequence.chain_before(position),
-                sequence.tokens[position],
-                top,
-                vocabulary,
-            )
-        })
-        .collect()
 }

@@ -1,17 +1,31 @@
 //! The simulated world: clients, a clock, a strict shard, and everything that can go wrong between them.
 
+macro_rules! hold {
+    ($holds:expr, $($text:tt)*) => {
+        if !$holds {
+            return Err(format!($($text)*));
+        }
+    };
+}
+
+mod judge;
+mod seen;
+mod wire;
+
+pub use seen::Seen;
+
 use kvrun_fake_shard::faults::{Faults, Mark};
 use kvrun_fake_shard::ledger::{Breach, Ledger, Sizes};
-use kvrun_fake_shard::tokens;
 use kvrun_scheduler::{
-    Acceptance, AdapterId, AdapterOrder, Config, Event, Failure, Finish, Grant, LoadFault, Model,
-    PlantedBug, Refusal, Reply, Request, RowReply, Scheduler, Step, Time, What,
+    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, PlantedBug, Refusal,
+    Reply, Request, RowReply, Scheduler, Step, Time,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use wire::wire;
 
 const VOCABULARY: u32 = 500;
 /// A prompt or answer with this token fails its row.
@@ -21,84 +35,6 @@ const POISON: u32 = 2;
 const END: u32 = 3;
 /// Deaths in flight without a token in between that may end a request.
 const DEADLY: u32 = 3;
-
-macro_rules! hold {
-    ($holds:expr, $($text:tt)*) => {
-        if !$holds {
-            return Err(format!($($text)*));
-        }
-    };
-}
-
-/// How often the interesting things happened, over all seeds.
-#[derive(Debug, Default)]
-pub struct Seen {
-    steps: u64,
-    finished: u64,
-    cancelled: u64,
-    deadlines: u64,
-    row_errors: u64,
-    deaths: u64,
-    culprits: u64,
-    replays: u64,
-    preemptions: u64,
-    cached_tokens: u64,
-    stale: u64,
-    adapter_failures: u64,
-    evictions: u64,
-    refusals: u64,
-}
-
-impl Seen {
-    pub fn add(&mut self, other: Self) {
-        for (mine, theirs) in self.all().into_iter().zip(other.values()) {
-            *mine += theirs;
-        }
-    }
-
-    /// A simulator in which something never happens proves nothing about it.
-    pub fn assert_everything_happened(&self) {
-        assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
-    }
-
-    fn all(&mut self) -> [&mut u64; 14] {
-        [
-            &mut self.steps,
-            &mut self.finished,
-            &mut self.cancelled,
-            &mut self.deadlines,
-            &mut self.row_errors,
-            &mut self.deaths,
-            &mut self.culprits,
-            &mut self.replays,
-            &mut self.preemptions,
-            &mut self.cached_tokens,
-            &mut self.stale,
-            &mut self.adapter_failures,
-            &mut self.evictions,
-            &mut self.refusals,
-        ]
-    }
-
-    fn values(&self) -> [u64; 14] {
-        [
-            self.steps,
-            self.finished,
-            self.cancelled,
-            self.deadlines,
-            self.row_errors,
-            self.deaths,
-            self.culprits,
-            self.replays,
-            self.preemptions,
-            self.cached_tokens,
-            self.stale,
-            self.adapter_failures,
-            self.evictions,
-            self.refusals,
-        ]
-    }
-}
 
 struct Client {
     request: Request,
@@ -623,253 +559,5 @@ impl World {
                 self.die("poison")
             }
         }
-    }
-
-    fn hear(&mut self, reply: Option<&Reply>) -> Result<(), String> {
-        for event in self.scheduler.take_events() {
-            self.tell(|| format!("{event:?}"));
-            let id = event.request;
-            let Some(mut client) = self.clients.remove(&id) else {
-                return Err(format!("an event of a cancelled request: {event:?}"));
-            };
-            hold!(!client.ended, "an event after the terminal one: {event:?}");
-            self.happened(&mut client, event, reply)?;
-            self.clients.insert(id, client);
-        }
-        Ok(())
-    }
-
-    fn happened(
-        &mut self,
-        client: &mut Client,
-        event: Event,
-        reply: Option<&Reply>,
-    ) -> Result<(), String> {
-        let tainted = |token| client.request.prompt.contains(&token) || client.got.contains(&token);
-        match event.what {
-            What::Started { cached_tokens, .. } => {
-                hold!(
-                    cached_tokens < client.request.prompt.len() as u32,
-                    "the whole prompt was cached"
-                );
-                hold!(
-                    cached_tokens == 0 || client.request.reuse_prefix,
-                    "a prefix was reused against the wish"
-                );
-                self.seen.cached_tokens += u64::from(cached_tokens);
-            }
-            What::Token { row, place } => {
-                let reply = reply.ok_or("a token without a reply")?;
-                let token = reply.rows[row].tokens[place];
-                hold!(
-                    reply.rows[row].sequence == event.request,
-                    "somebody else's token"
-                );
-                if client.expected.is_none() {
-                    let folder = client.request.adapter.and_then(|id| self.folders.get(&id));
-                    let digest = folder
-                        .and_then(|folder| folder.loaded.as_deref())
-                        .unwrap_or("");
-                    client.expected = Some(tokens::answer(
-                        &client.request.prompt,
-                        digest,
-                        &client.sampling,
-                        client.request.max_new_tokens,
-                        &client.request.end_tokens,
-                        VOCABULARY,
-                    ));
-                }
-                let place = client.got.len();
-                let expected = client
-                    .expected
-                    .as_ref()
-                    .and_then(|all| all.get(place))
-                    .copied();
-                hold!(
-                    expected == Some(token),
-                    "request {}: token {place} is {token}, alone it is {expected:?}",
-                    event.request
-                );
-                client.got.push(token);
-                client.strikes = 0;
-                client.recovering_since = None;
-            }
-            What::Finished(finish) => {
-                hold!(
-                    client.expected.as_ref() == Some(&client.got),
-                    "finished before the end"
-                );
-                let ends = client.got.last() == Some(&END);
-                hold!(
-                    ends == (finish == Finish::EndToken),
-                    "{finish:?} after {:?}",
-                    client.got.last()
-                );
-                client.ended = true;
-                self.seen.finished += 1;
-            }
-            What::Failed(failure) => {
-                match &failure {
-                    Failure::Row(_) => {
-                        hold!(tainted(BAD), "a good row failed");
-                        self.seen.row_errors += 1;
-                    }
-                    Failure::Deadline => {
-                        hold!(
-                            client
-                                .request
-                                .deadline
-                                .is_some_and(|deadline| deadline <= self.now),
-                            "failed too early"
-                        );
-                        self.seen.deadlines += 1;
-                    }
-                    Failure::Adapter(_) => {
-                        if let Some(folder) = client
-                            .request
-                            .adapter
-                            .and_then(|id| self.folders.get_mut(&id))
-                        {
-                            folder.was_unusable = true;
-                        }
-                        hold!(
-                            client.request.adapter.is_some(),
-                            "the base model failed as an adapter"
-                        );
-                        self.seen.adapter_failures += 1;
-                    }
-                    Failure::Unavailable(_) => {
-                        let waited = client
-                            .recovering_since
-                            .map(|since| self.now.saturating_sub(since));
-                        let late = waited.is_some_and(|waited| waited >= Time::from_secs(120));
-                        hold!(
-                            client.strikes >= DEADLY || late || self.shrunk,
-                            "given up without reason"
-                        );
-                        self.seen.culprits +=
-                            u64::from(client.strikes >= DEADLY && tainted(POISON));
-                    }
-                    Failure::ShuttingDown => return Err("nobody shuts down".to_owned()),
-                }
-                client.ended = true;
-            }
-        }
-        Ok(())
-    }
-
-    /// Invariants between two events.
-    fn check(&mut self) -> Result<(), String> {
-        for (id, view) in self.scheduler.adapters().iter() {
-            if let (kvrun_scheduler::Residency::Failed { .. }, Some(folder)) =
-                (&view.residency, self.folders.get_mut(&id))
-            {
-                folder.was_unusable = true;
-            }
-        }
-        self.scheduler.audit()?;
-        let open = self.clients.values().filter(|client| !client.ended).count();
-        for (id, client) in &self.clients {
-            let journal = self.scheduler.journal(*id).map(|journal| journal.answer());
-            match (client.ended, journal) {
-                (true, None) => {}
-                (false, Some(answer)) => hold!(
-                    answer == client.got,
-                    "request {id} was told other tokens than its journal has"
-                ),
-                (ended, _) => {
-                    return Err(format!(
-                        "request {id} ended: {ended}, and the scheduler thinks otherwise"
-                    ));
-                }
-            }
-        }
-        let load = self.scheduler.load();
-        hold!(
-            load.waiting as usize + load.running as usize == open,
-            "{open} requests are open, {load:?}"
-        );
-        Ok(())
-    }
-
-    /// No more faults: everything open must end and everything must be given back.
-    fn calm(&mut self) -> Result<(), String> {
-        self.told.then(|| println!("-- calm"));
-        self.folders
-            .values_mut()
-            .for_each(|folder| folder.left = true);
-        for turn in 0.. {
-            hold!(turn < 20_000, "stuck: {:?}", self.scheduler.load());
-            self.now += Time::from_millis(20);
-            if self.shard.is_none() {
-                self.begin()?;
-            }
-            self.orders()?;
-            while !self.calls.is_empty() {
-                self.finish_call()?;
-            }
-            match self.in_flight.take() {
-                None => self.plan()?,
-                Some((_, reply)) => {
-                    self.scheduler
-                        .commit(self.now, &reply)
-                        .map_err(|violation| violation.to_string())?;
-                    self.hear(Some(&reply))?;
-                }
-            }
-            if turn % 16 == 0 {
-                self.check()?;
-            }
-            if self.clients.values().all(|client| client.ended) && self.in_flight.is_none() {
-                for id in self.folders.keys() {
-                    self.scheduler.adapters_mut().leave(*id);
-                }
-                if self.scheduler.is_idle() && self.scheduler.adapters().iter().next().is_none() {
-                    break;
-                }
-            }
-        }
-        self.check()?;
-        let pages = self.scheduler.load().pages;
-        hold!(pages.used == 0, "{pages:?} at idle");
-        if let Some(shard) = &self.shard {
-            let held = (shard.live(), shard.pages_in_use(), shard.adapters());
-            hold!(
-                held == (0, 0, 0),
-                "the shard still holds {held:?} (sequences, pages, adapters)"
-            );
-        }
-        Ok(())
-    }
-}
-
-/// A step as the shard gets it.
-fn wire(scheduler: &Scheduler, step: &Step, clients: &BTreeMap<u64, Client>) -> kvrun_proto::Step {
-    let admit = step.admit.iter().filter_map(|admission| {
-        let journal = scheduler.journal(admission.sequence)?;
-        Some(kvrun_proto::Admit {
-            sequence: admission.sequence,
-            tokens: [journal.prompt(), journal.answer()].concat(),
-            prompt_tokens: journal.prompt().len() as u32,
-            sampling: clients
-                .get(&admission.sequence)
-                .map(|client| client.sampling.clone()),
-            adapter: admission.adapter,
-        })
-    });
-    let rows = step.rows.iter().map(|row| kvrun_proto::Row {
-        sequence: row.sequence,
-        start: row.start,
-        tokens: row.tokens,
-        pages: row.pages.clone(),
-        sample: row.sample,
-        drafts: Vec::new(),
-    });
-    kvrun_proto::Step {
-        epoch: step.epoch,
-        number: step.number,
-        release: step.release.clone(),
-        admit: admit.collect(),
-        rows: rows.collect(),
     }
 }

@@ -1,0 +1,71 @@
+//! What happened, so that a simulation in which nothing happens is not taken for a proof.
+
+/// How often the interesting things happened, over all seeds.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub(super) steps: u64,
+    pub(super) finished: u64,
+    pub(super) cancelled: u64,
+    pub(super) deadlines: u64,
+    pub(super) row_errors: u64,
+    pub(super) deaths: u64,
+    pub(super) culprits: u64,
+    pub(super) replays: u64,
+    pub(super) preemptions: u64,
+    pub(super) cached_tokens: u64,
+    pub(super) stale: u64,
+    pub(super) adapter_failures: u64,
+    pub(super) evictions: u64,
+    pub(super) refusals: u64,
+}
+
+impl Seen {
+    pub fn add(&mut self, other: Self) {
+        for (mine, theirs) in self.all().into_iter().zip(other.values()) {
+            *mine += theirs;
+        }
+    }
+
+    /// A simulator in which something never happens proves nothing about it.
+    pub fn assert_everything_happened(&self) {
+        assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
+    }
+
+    fn all(&mut self) -> [&mut u64; 14] {
+        [
+            &mut self.steps,
+            &mut self.finished,
+            &mut self.cancelled,
+            &mut self.deadlines,
+            &mut self.row_errors,
+            &mut self.deaths,
+            &mut self.culprits,
+            &mut self.replays,
+            &mut self.preemptions,
+            &mut self.cached_tokens,
+            &mut self.stale,
+            &mut self.adapter_failures,
+            &mut self.evictions,
+            &mut self.refusals,
+        ]
+    }
+
+    fn values(&self) -> [u64; 14] {
+        [
+            self.steps,
+            self.finished,
+            self.cancelled,
+            self.deadlines,
+            self.row_errors,
+            self.deaths,
+            self.culprits,
+            self.replays,
+            self.preemptions,
+            self.cached_tokens,
+            self.stale,
+            self.adapter_failures,
+            self.evictions,
+            self.refusals,
+        ]
+    }
+}

@@ -1,0 +1,40 @@
+//! Steps as the shard gets them.
+
+use super::Client;
+use kvrun_scheduler::{Scheduler, Step};
+use std::collections::BTreeMap;
+
+/// A step as the shard gets it.
+pub(super) fn wire(
+    scheduler: &Scheduler,
+    step: &Step,
+    clients: &BTreeMap<u64, Client>,
+) -> kvrun_proto::Step {
+    let admit = step.admit.iter().filter_map(|admission| {
+        let journal = scheduler.journal(admission.sequence)?;
+        Some(kvrun_proto::Admit {
+            sequence: admission.sequence,
+            tokens: [journal.prompt(), journal.answer()].concat(),
+            prompt_tokens: journal.prompt().len() as u32,
+            sampling: clients
+                .get(&admission.sequence)
+                .map(|client| client.sampling.clone()),
+            adapter: admission.adapter,
+        })
+    });
+    let rows = step.rows.iter().map(|row| kvrun_proto::Row {
+        sequence: row.sequence,
+        start: row.start,
+        tokens: row.tokens,
+        pages: row.pages.clone(),
+        sample: row.sample,
+        drafts: Vec::new(),
+    });
+    kvrun_proto::Step {
+        epoch: step.epoch,
+        number: step.number,
+        release: step.release.clone(),
+        admit: admit.collect(),
+        rows: rows.collect(),
+    }
+}
