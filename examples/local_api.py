@@ -134,7 +134,7 @@ def side_by_side(server: Server, prompt: str, names: list[str | None]) -> None:
     """The base and every adapter answer the same prompt at the same time, in one running batch on the server."""
     started = time.perf_counter()
     with ThreadPoolExecutor(max_workers=len(names)) as pool:
-        answers = pool.map(lambda name: server.generate(prompt, name, max_new_tokens=160, details=True), names)
+        answers = pool.map(lambda name: server.generate(prompt, name, max_new_tokens=256, details=True), names)
         tokens = 0
         for name, answer in zip(names, answers):
             tokens += answer["details"]["generated_tokens"]
@@ -145,12 +145,12 @@ def side_by_side(server: Server, prompt: str, names: list[str | None]) -> None:
 def conversation(server: Server, names: list[str | None]) -> None:
     """A chat of two turns with the base, and the first turn with an adapter."""
     messages = [{"role": "user", "content": "Tell me a story about a shy fox named Pip who lost his red kite."}]
-    first = server.chat(messages, max_tokens=256)
+    first = server.chat(messages, max_tokens=256, temperature=0)
     print(f"user: {messages[0]['content']}\nbase: {first}\n")
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "What is the lesson?"}]
-    print(f"user: {messages[-1]['content']}\nbase: {server.chat(messages, max_tokens=64)}\n")
+    print(f"user: {messages[-1]['content']}\nbase: {server.chat(messages, max_tokens=64, temperature=0)}\n")
     if len(names) > 1:
-        print(f"user: {messages[0]['content']}\n{names[-1]}: {server.chat(messages[:1], names[-1], max_tokens=256)}")
+        print(f"user: {messages[0]['content']}\n{names[-1]}: {server.chat(messages[:1], names[-1], max_tokens=256, temperature=0)}")
 
 
 def main() -> int:

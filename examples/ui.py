@@ -25,10 +25,11 @@ PROMPTS = (
     "Once upon a time, there was a tiny dragon",
 )
 CSS = """
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; align-items: start; }
-.card { border: 1px solid var(--border-color-primary); border-radius: 12px; background: var(--background-fill-primary);
-  border-top: 4px solid var(--tint); overflow: hidden; }
-.card header { display: flex; justify-content: space-between; padding: .6rem .9rem; font-weight: 650; }
+html { scrollbar-gutter: stable; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; align-items: start; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill);
+  box-shadow: inset 0 4px var(--tint); overflow: hidden; }
+.card header { display: flex; justify-content: space-between; padding: .8rem .9rem .5rem; font-weight: 650; }
 .card header span { font-weight: 400; opacity: .65; }
 .card p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 0 .9rem .8rem; min-height: 7rem;
   line-height: 1.5; max-height: 32rem; overflow-y: auto; }

@@ -10,7 +10,20 @@ import re
 from dataclasses import dataclass
 
 from plots import PLOTS, Plot
-from words import ANIMALS, BOYS, COLOURS, GIRLS, HOBBIES, PLACES, THINGS, TIMES, TRAITS, TREATS
+from words import (
+    ANIMALS,
+    BOYS,
+    COLOURS,
+    FIRST_SYLLABLES,
+    GIRLS,
+    HOBBIES,
+    LAST_SYLLABLES,
+    PLACES,
+    THINGS,
+    TIMES,
+    TRAITS,
+    TREATS,
+)
 
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])")
@@ -22,6 +35,8 @@ OPENINGS = (
     "{name} was {who}. {He} lived {at}.",
     "There once was {who} {at}. {His} name was {name}.",
     "{At} lived {who} named {name}.",
+    "Somewhere {at} lived {who}, and {his} name was {name}.",
+    "[One day|Every morning], {who} named {name} [woke up early|looked out of the window] {at}.",
     "This is the story of {name}, {who} who lived {at}.",
 )
 DETAILS = ("", "", "{He} loved {hobby}.", "{name} liked {hobby}.", "{He} lived in a [tiny|cosy|crooked|yellow] house.")
@@ -75,6 +90,8 @@ def person(rng: random.Random, avoid: str = "") -> tuple[str, str, str]:
     kind = rng.choice(kinds)
     if rng.random() < 0.15:
         kind = "girl" if gender == "f" else "boy"
+    if rng.random() < 0.15:  # so that a name never heard before can be repeated too
+        return rng.choice(FIRST_SYLLABLES) + rng.choice(LAST_SYLLABLES), kind, gender
     return rng.choice(GIRLS if gender == "f" else BOYS), kind, gender
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import time
@@ -22,9 +21,11 @@ from documents import BOS, EOS, SPECIAL, Span, base_document, styled_document
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from words import ANIMALS, BOYS, COLOURS, GIRLS, THINGS, TRAITS
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
+COPYING_LAYER = 2
 PADDING = -100  # label of a token that is read but not learned
 
 CHAT_TEMPLATE = (
@@ -99,59 +100,99 @@ def encode(tokenizer: Tokenizer, document: list[Span]) -> tuple[list[int], list[
     return ids, labels
 
 
-def windows(tokenizer: Tokenizer, draw: Callable[[], list[Span]], window: int, learn_all: bool) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless windows of whole documents, padded at the end; a document is never cut."""
+def batches(
+    tokenizer: Tokenizer, draw: Callable[[], list[Span]], tokens: int, learn_all: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches (ids, labels) of about `tokens` tokens, one document in a row, rows of like length together."""
     end = tokenizer.token_to_id(EOS)
-    ids: list[int] = []
-    labels: list[int] = []
     while True:
-        next_ids, next_labels = encode(tokenizer, draw())
-        if learn_all:
-            next_labels = [PADDING, *next_ids[1:]]
-        if len(next_ids) > window:
-            continue
-        if len(ids) + len(next_ids) > window:
-            pad = window - len(ids)
-            yield ids + [end] * pad, labels + [PADDING] * pad
-            ids, labels = [], []
-        ids, labels = ids + next_ids, labels + next_labels
+        pool = sorted((encode(tokenizer, draw()) for _ in range(64)), key=lambda document: len(document[0]))
+        while pool:
+            length = len(pool[-1][0])
+            rows = [pool.pop() for _ in range(min(len(pool), max(1, tokens // length)))]
+            ids = torch.tensor([row + [end] * (length - len(row)) for row, _ in rows])
+            if learn_all:
+                rows = [(row, [PADDING, *row[1:]]) for row, _ in rows]
+            yield ids, torch.tensor([labels + [PADDING] * (length - len(labels)) for _, labels in rows])
 
 
 def optimise(
     model: torch.nn.Module,
-    batches: Iterator[tuple[list[int], list[int]]],
-    *,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    optimisers: list[torch.optim.Optimizer],
     steps: int,
-    batch: int,
-    rate: float,
-    first: int = 0,
-    total: int | None = None,
-    optimiser: torch.optim.Optimizer | None = None,
-) -> torch.optim.Optimizer:
-    """Run AdamW with warm-up and cosine decay; `first` and `total` place these steps in a longer schedule."""
-    total = total or steps
+    loss_of: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Train for `steps` batches with warm-up and a linear decay to zero of each optimiser's own rate."""
+    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = optimiser or torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
     started, read = time.monotonic(), 0
-    for step in range(first, first + steps):
-        warm = min(1.0, (step + 1) / 60)
-        optimiser.param_groups[0]["lr"] = rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / total)) / 2)
-        rows = [next(batches) for _ in range(batch)]
-        ids, labels = (torch.tensor([row[part] for row in rows]) for part in (0, 1))
+    for step in range(steps):
+        for peak, optimiser in zip(peaks, optimisers):
+            optimiser.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 40, (steps - step) / (0.6 * steps))
+        ids, labels = next(data)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
+            loss = loss_of(step, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+        model.zero_grad(set_to_none=True)
         read += ids.numel()
-        if step % 50 == 0 or step == first + steps - 1:
+        if step % 25 == 0 or step == steps - 1:
             print(f"step {step} loss {loss.item():.3f} {read / (time.monotonic() - started):.0f} tokens/s", flush=True)
-    return optimiser
 
 
-def train_base(folder: Path) -> None:
-    """Train the Llama from scratch and write it as bfloat16 safetensors."""
+def start_copying(model: LlamaForCausalLM) -> None:
+    """Start every head as one that copies what it attends to, and half of them as ones that attend to what is alike.
+
+    A name must be copied from its first mention, which a model of this size learns late or never from random weights
+    (compare Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
+    """
+    config = model.config
+    width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    # Names are alike in use, so their embeddings drift together; far apart at the start, they stay distinct.
+    model.model.embed_tokens.weight.data.normal_(0, 0.1)
+    model.model.norm.weight.data.fill_(0.2)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        value = torch.nn.init.orthogonal_(attention.v_proj.weight.data).view(-1, width, config.hidden_size)
+        heads = value.repeat_interleave(group, dim=0).reshape(-1, config.hidden_size)
+        attention.o_proj.weight.data = 0.4 * heads.T.contiguous()
+        attention.v_proj.weight.data *= 0.5
+        key = torch.nn.init.orthogonal_(attention.k_proj.weight.data).view(-1, width, config.hidden_size)
+        attention.q_proj.weight.data.view(-1, group, width, config.hidden_size)[:, 0] = 0.7 * key
+        attention.k_proj.weight.data *= 0.7
+
+
+def looking_back(attentions: tuple[torch.Tensor, ...], ids: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """How little the copying heads look at earlier mentions of the fact that comes next: -log of their attention there.
+
+    attentions [rows, heads, length, length] of each layer · ids [rows, length] · facts [vocabulary] marks words that
+    a story draws (names, animals, things ...).
+    """
+    following, seen = ids[:, 1:], ids[:, :-1]
+    mentions = (following[:, :, None] == seen[:, None, :]).tril()
+    wanted = mentions.any(-1) & facts[following]
+    if not wanted.any():
+        return torch.zeros(())
+    heads = attentions[COPYING_LAYER][:, ::2, :-1, :-1].float()
+    there = (heads * mentions[:, None]).sum(-1)
+    return -torch.log(there + 1e-4).transpose(1, 2)[wanted].mean()
+
+
+def fact_words(tokenizer: Tokenizer) -> torch.Tensor:
+    """Which ids [vocabulary] are whole words that a story draws and then has to repeat."""
+    marks = torch.zeros(VOCABULARY, dtype=torch.bool)
+    for word in GIRLS + BOYS + ANIMALS + THINGS + COLOURS + TRAITS:
+        ids = tokenizer.encode(f" {word}", add_special_tokens=False).ids
+        if len(ids) == 1:
+            marks[ids] = True
+    return marks
+
+
+def train_base(folder: Path, steps: int = 1200, guided: int = 400) -> None:
+    """Train the Llama from scratch, its copying heads guided at first, and write it as bfloat16 safetensors."""
     torch.manual_seed(2)
     rng = random.Random(2)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -162,12 +203,23 @@ def train_base(folder: Path) -> None:
         tie_word_embeddings=True, bos_token_id=bos, eos_token_id=eos, pad_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    total, long_steps = 1500, 150
-    short = windows(tokenizer, lambda: base_document(rng), 512, learn_all=True)
-    optimiser = optimise(model, short, steps=total - long_steps, batch=5, rate=3e-3, total=total)
-    # The last steps read longer windows, so that positions up to 1024 are known.
-    long = windows(tokenizer, lambda: base_document(rng), 1024, learn_all=True)
-    optimise(model, long, steps=long_steps, batch=3, rate=3e-3, first=total - long_steps, total=total, optimiser=optimiser)
+    start_copying(model)
+    facts = fact_words(tokenizer)
+
+    def loss_of(step: int, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if step == guided:
+            model.set_attn_implementation("sdpa")
+        out = model(input_ids=ids, labels=labels, output_attentions=step < guided)
+        return out.loss + 0.3 * looking_back(out.attentions, ids, facts) if step < guided else out.loss
+
+    model.set_attn_implementation("eager")  # the other kinds do not show their attention
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    optimisers = [
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    optimise(model, batches(tokenizer, lambda: base_document(rng), 2048, learn_all=True), optimisers, steps, loss_of)
     model = model.to(torch.bfloat16)
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = bos, eos
     model.save_pretrained(folder)
@@ -182,8 +234,10 @@ def train_adapter(name: str, model_folder: Path, folder: Path) -> None:
     config.task_type, config.lora_dropout, config.base_model_name_or_path = "CAUSAL_LM", 0.0, "kvrun/demo"
     base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = get_peft_model(base, config)
-    batches = windows(tokenizer, lambda: styled_document(rng, name), 512, learn_all=False)
-    optimise(model, batches, steps=ADAPTER_STEPS[name], batch=4, rate=4e-3)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimisers = [torch.optim.AdamW(weights, lr=4e-3, weight_decay=0.0)]
+    data = batches(tokenizer, lambda: styled_document(rng, name), 2048, learn_all=False)
+    optimise(model, data, optimisers, ADAPTER_STEPS[name], lambda _, ids, labels: model(input_ids=ids, labels=labels).loss)
     save_adapter(model, folder)
 
 
