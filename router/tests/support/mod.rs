@@ -75,7 +75,12 @@ pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
     if !setup.adapters.is_empty() {
         for name in &setup.adapters {
             bench.write_adapter(name, 64);
-            bench.engine.adapters().load(bench.spec(name)).await.unwrap();
+            bench
+                .engine
+                .adapters()
+                .load(bench.spec(name))
+                .await
+                .unwrap();
         }
     }
     within(bench.engine.ready()).await;
@@ -84,7 +89,9 @@ pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
 
 /// Fails a test that hangs.
 pub async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), work).await.expect("the test hangs")
+    tokio::time::timeout(Duration::from_secs(60), work)
+        .await
+        .expect("the test hangs")
 }
 
 impl Bench {
@@ -137,7 +144,10 @@ impl Bench {
 
     /// Broken rules of the protocol, over all ranks.
     pub fn violations(&self) -> Vec<String> {
-        self.shards.iter().flat_map(|shard| shard.watch().violations()).collect()
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.watch().violations())
+            .collect()
     }
 
     /// Waits until nothing is open and every page and sequence is given back, on both sides.
@@ -154,8 +164,16 @@ impl Bench {
         };
         let deadline = Instant::now() + Duration::from_secs(10);
         while !returned() {
-            let held: Vec<_> = self.shards.iter().map(|shard| shard.watch().last()).collect();
-            assert!(Instant::now() < deadline, "{:?} {held:?}", self.engine.status());
+            let held: Vec<_> = self
+                .shards
+                .iter()
+                .map(|shard| shard.watch().last())
+                .collect();
+            assert!(
+                Instant::now() < deadline,
+                "{:?} {held:?}",
+                self.engine.status()
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert_eq!(self.violations(), Vec::<String>::new());
@@ -165,7 +183,9 @@ impl Bench {
 /// A request for the base model with sampling on.
 pub fn request(number: u64, prompt_tokens: u32, max_new_tokens: u32) -> ValidRequest {
     ValidRequest {
-        prompt: (0..prompt_tokens).map(|place| 10 + (number as u32 * 131 + place * 7) % 30_000).collect(),
+        prompt: (0..prompt_tokens)
+            .map(|place| 10 + (number as u32 * 131 + place * 7) % 30_000)
+            .collect(),
         adapter: None,
         sampling: Sampling {
             temperature: 0.7,
@@ -194,7 +214,10 @@ pub enum End {
 pub async fn collect(mut answer: Answer) -> (Vec<u32>, End) {
     let (mut ids, mut started) = (Vec::new(), false);
     loop {
-        match within(answer.next()).await.expect("a terminal event before the end") {
+        match within(answer.next())
+            .await
+            .expect("a terminal event before the end")
+        {
             Event::Started { .. } => {
                 assert!(!started, "started twice");
                 started = true;
