@@ -58,8 +58,8 @@ native: $(STAMPS)/python
 
 wheel: install $(STAMPS)/test ## Wheels for `pip install`, in dist/
 	rm -rf dist && mkdir -p dist
-	$(BIN)/maturin build --release --locked --manifest-path server/dist/Cargo.toml --out dist
-	$(UV) build --wheel kernels --out-dir dist
+	cd server && ../$(BIN)/maturin build --release --locked --out ../dist
+	$(BIN)/uv build --quiet --wheel kernels --out-dir dist
 
 docs: $(STAMPS)/test ## Renew the support table in the README
 	PYTHONPATH=server:server/tests $(BIN)/python server/tests/support_table.py

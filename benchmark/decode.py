@@ -8,6 +8,7 @@ read bandwidth that one stream reaches: weights are read once per token, so byte
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -31,7 +32,7 @@ def stream_gaps(url: str, prompt: str, tokens: int, adapter: str | None = None) 
                 times.append(time.perf_counter())
                 if "error" in json.loads(line[5:]):
                     raise RuntimeError(line)
-    return [b - a for a, b in zip(times, times[1:])]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def transformers_step(model, tokenizer, prompt: str, tokens: int) -> float:

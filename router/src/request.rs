@@ -74,7 +74,9 @@ pub enum Failure {
     #[error("{0}")]
     Row(String),
     /// Its deadline passed (504 `deadline`).
-    #[error("the request's deadline passed before the answer was complete; allow more time or ask for fewer tokens")]
+    #[error(
+        "the request's deadline passed before the answer was complete; allow more time or ask for fewer tokens"
+    )]
     Deadline,
     /// The server's grace period ended (503).
     #[error("the server is shutting down; send the request again")]
@@ -97,7 +99,9 @@ pub enum Refusal {
         retry_after: Duration,
     },
     /// The sequence can never fit (422).
-    #[error("prompt and answer take {asked} tokens and this server holds {limit}; shorten the prompt or ask for fewer")]
+    #[error(
+        "prompt and answer take {asked} tokens and this server holds {limit}; shorten the prompt or ask for fewer"
+    )]
     TooLong {
         /// Tokens of prompt and answer together.
         asked: u32,
@@ -241,7 +245,9 @@ pub enum LoadError {
     #[error("{0}")]
     NoRoom(String),
     /// The name belongs to another folder (409).
-    #[error("adapter `{name}` is already loaded from another folder; unload it first or pick another name")]
+    #[error(
+        "adapter `{name}` is already loaded from another folder; unload it first or pick another name"
+    )]
     Taken {
         /// The name asked for.
         name: String,

@@ -13,6 +13,7 @@ from tiny import ROWS
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- support table: make docs -->\n", "<!-- end of support table -->"
 RANKS = "1, 2, 3"  # the worlds of test_parity.py
+SERVED = "every linear of a layer | float32, bfloat16, float16 | text"
 
 
 def architecture_of(kind: str) -> str:
@@ -35,7 +36,7 @@ def table() -> str:
         describer = registry.describer(name)
         source = f"server/kvrun/{describer.__module__.removeprefix('kvrun.').replace('.', '/')}.py"
         rows = ", ".join(tested.get(name, [])) or "the same description as its neighbour"
-        lines.append(f"| `{name}` | [{Path(source).name}]({source}) | {rows} | {RANKS} | every linear of a layer | float32, bfloat16, float16 | text |")
+        lines.append(f"| `{name}` | [{Path(source).name}]({source}) | {rows} | {RANKS} | {SERVED} |")
     return "\n".join(lines) + "\n"
 
 

@@ -35,9 +35,7 @@ def test_a_sum_over_ranks_is_the_same_on_all_of_them_and_to_the_bit_for_a_row_al
 @pytest.mark.parametrize("sizes", [(3, 3), (4, 3, 3), (1, 5), (2, 0)])
 def test_columns_of_uneven_widths_are_laid_side_by_side_on_rank_0(sizes, tmp_path):
     columns = torch.arange(2 * sum(sizes), dtype=torch.float32).view(2, -1)
-    first, *others = together(
-        len(sizes), tmp_path / "file", lambda group: group.gather_columns(columns.split(sizes, 1)[group.rank], sizes)
-    )
+    first, *others = together(len(sizes), tmp_path / "file", lambda group: group.gather_columns(columns.split(sizes, 1)[group.rank], sizes))
     assert torch.equal(first, columns) and others == [None] * len(others)
 
 

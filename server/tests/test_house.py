@@ -50,7 +50,9 @@ SOURCE_LINES, TEST_LINES = 400, 600
 
 def tracked(*patterns: str) -> list[Path]:
     """The hand-written files under version control that match, present on disk."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
@@ -118,7 +120,9 @@ def test_a_model_file_says_nothing_of_ranks_types_devices_bits_or_adapters(path)
 def test_nothing_under_nn_names_a_model():
     families = {p.stem for p in (PACKAGE / "models").glob("*.py")} - {"__init__"}
     for path in (PACKAGE / "nn").rglob("*.py"):
-        code = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        code = {
+            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         named = {name for name in families if any(name == text for text in code)}
         assert not named, f"{path.relative_to(ROOT)} names {sorted(named)}"
 
@@ -143,7 +147,9 @@ def test_rust_crates_share_no_code_but_the_wire():
 
 
 def test_only_args_read_flags_and_the_environment_in_rust():
-    for path in tracked("launcher/src/*.rs", "router/src/**/*.rs", "router/scheduler/src/*.rs", "router/text/src/*.rs", "benchmark/src/*.rs"):
+    for path in tracked(
+        "launcher/src/*.rs", "router/src/**/*.rs", "router/scheduler/src/*.rs", "router/text/src/*.rs", "benchmark/src/*.rs"
+    ):
         if path.name in ("args.rs", "machine.rs") or "args" in path.parts:
             continue
         code = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("//"))
@@ -178,6 +184,12 @@ def test_no_file_is_named_for_nothing():
 
 
 def test_no_registry_host_is_written_into_the_tree():
-    hosts = re.compile("|".join(["files." + "pythonhosted", "pypi" + r"\.org", "index." + "crates", "static." + "crates", "registry." + "npmjs"]))
-    found = [str(p.relative_to(ROOT)) for p in tracked("*.txt", "*.toml", "*.md", "*.lock", "*.json", "*.sh", "Makefile", "*.py") if hosts.search(p.read_text(errors="ignore"))]
+    hosts = re.compile(
+        "|".join(["files." + "pythonhosted", "pypi" + r"\.org", "index." + "crates", "static." + "crates", "registry." + "npmjs"])
+    )
+    found = [
+        str(p.relative_to(ROOT))
+        for p in tracked("*.txt", "*.toml", "*.md", "*.lock", "*.json", "*.sh", "Makefile", "*.py")
+        if hosts.search(p.read_text(errors="ignore"))
+    ]
     assert not found, f"registry hosts in {found}"

@@ -56,12 +56,16 @@ def test_an_unknown_model_is_a_404_and_never_the_base(demo):
 
 def test_seeded_answers_repeat(demo):
     client = openai_client(demo)
-    texts = {client.completions.create(model="tgi", prompt="The king", max_tokens=30, temperature=1.0, seed=7).choices[0].text for _ in range(3)}
+    texts = {
+        client.completions.create(model="tgi", prompt="The king", max_tokens=30, temperature=1.0, seed=7).choices[0].text for _ in range(3)
+    }
     assert len(texts) == 1
 
 
 def test_the_example_client_runs_to_its_end(demo):
-    done = subprocess.run([sys.executable, "examples/local_api.py", "--url", demo.url], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "examples/local_api.py", "--url", demo.url], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for name in demo_adapters():
         assert name in done.stdout

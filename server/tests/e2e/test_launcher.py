@@ -78,7 +78,11 @@ def test_an_adapter_that_is_not_there_is_refused_before_anything_starts(tmp_path
     assert code == 11 and "ghost" in log
 
 
-@pytest.mark.parametrize("flags", [["--quantize", "exl2"], ["--num-shard", "0"], ["--max-total-tokens", "8", "--max-input-tokens", "9"], ["--hostname", "0.0.0.0"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [["--quantize", "exl2"], ["--num-shard", "0"], ["--max-total-tokens", "8", "--max-input-tokens", "9"], ["--hostname", "0.0.0.0"]],
+    ids=str,
+)
 def test_an_impossible_flag_is_refused_with_10(flags):
     code, log = ended(launch(*demo_flags(), *flags))
     assert code in (2, 10), log
