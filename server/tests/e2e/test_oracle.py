@@ -1,7 +1,7 @@
 """Greedy answers through the whole tree equal transformers' and peft's, at one and two ranks, all in one batch."""
 
 import pytest
-from oracle import greedy
+from oracle import surprises
 from tiny import write_checkpoint
 from tree import DEMO, PROMPTS, demo_adapters, demo_flags, running, together
 
@@ -17,7 +17,7 @@ def ids_of_all(tree, adapter: str | None) -> list[list[int]]:
 
 def check_demo(tree) -> None:
     for name, path in {None: None, **demo_adapters()}.items():
-        assert ids_of_all(tree, name) == greedy(DEMO / "model", PROMPTS, NEW, path), f"adapter {name}"
+        assert not surprises(DEMO / "model", PROMPTS, ids_of_all(tree, name), NEW, path), f"adapter {name}"
 
 
 def test_the_demo_and_each_of_its_adapters_answer_as_transformers_and_peft(demo):
@@ -35,4 +35,4 @@ def test_the_demo_on_two_ranks_answers_as_transformers_and_peft():
 def test_a_random_checkpoint_answers_as_transformers(row, ranks, tmp_path):
     folder = write_checkpoint(row, tmp_path / row)
     with running("--model-id", str(folder), "--dtype", "float32", "--num-shard", str(ranks)) as tree:
-        assert ids_of_all(tree, None) == greedy(folder, PROMPTS, NEW)
+        assert not surprises(folder, PROMPTS, ids_of_all(tree, None), NEW)
