@@ -50,10 +50,10 @@ def transformers_step(model, tokenizer, prompt: str, tokens: int) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that this machine reads with the kernels' threads, best of five over 1 GiB."""
-    from kvrun_kernels import bench
+    """Bytes per second that this machine reads with the kernels' threads."""
+    from kvrun_kernels.bench import Clock, stream_rate
 
-    return bench.stream_bandwidth()
+    return stream_rate(Clock(budget=1.0))
 
 
 def main() -> None:
