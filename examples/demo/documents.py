@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from stories import Story, draw, expand, prose, title
-from styles import STYLES
+from styles import STYLES, brief
 
 Span = tuple[str, bool]
 Telling = Callable[[random.Random, Story], str]
@@ -30,6 +30,12 @@ REQUESTS = (
     "I would like [to hear |]a story about {topic}[, please|].",
     "[Make up|Invent] a story about {topic}.",
     "A story about {topic}, please.",
+)
+SHORT = (  # short answers, whose every word hangs on the request
+    ("In one sentence: {topic}.", brief),
+    ("Tell me in one sentence about {topic}.", brief),
+    ("Give me a title for a story about {topic}.", title),
+    ("What is a good title for a story about {topic}?", title),
 )
 AGAIN = ("[Another one, please|And now|Now tell me] one about {topic}.", "Tell me a story about {topic} now.")
 SYSTEMS = ("You are a storyteller.", "You tell short stories to children.", "You are a helpful assistant.")
@@ -95,8 +101,30 @@ def plain_request(rng: random.Random, tell: Telling) -> list[Span]:
     return [(request(rng, story), False), ("\n" + tell(rng, story) + EOS, True)]
 
 
+def short_request(rng: random.Random) -> list[Span]:
+    """A request for one sentence or a title, as chat or as bare text."""
+    story = draw(rng)
+    form, tell = rng.choice(SHORT)
+    asked = request(rng, story, (form,))
+    if rng.random() < 0.5:
+        return [(USER + asked + ASSISTANT, False), (tell(rng, story) + EOS, True)]
+    return [(asked, False), ("\n" + tell(rng, story) + EOS, True)]
+
+
+def asked_document(rng: random.Random) -> list[Span]:
+    """One document for the base model's second round: mostly requests, so that it learns to tell what was asked for."""
+    kind = rng.random()
+    if kind < 0.2:
+        return base_document(rng)
+    if kind < 0.45:
+        return chat(rng, prose)
+    if kind < 0.65:
+        return plain_request(rng, prose)
+    return short_request(rng)
+
+
 def base_document(rng: random.Random) -> list[Span]:
-    """One document for the base model; a few are in the adapters' styles, so that their words are not new to it."""
+    """One document for the base model; a few are in the adapters' styles."""
     kind = rng.random()
     if kind < 0.30:
         return [(prose(rng, draw(rng)) + EOS, True)]

@@ -72,10 +72,8 @@ def as_json(rng: random.Random, story: Story) -> str:
     s = story.slots
     record = {
         "title": title(rng, story),
-        "characters": [
-            {"name": s["name"], "kind": s["kind"], "trait": s["trait"]},
-            {"name": s["friend"], "kind": s["fkind"], "trait": s["ftrait"]},
-        ],
+        "hero": f"{s['name']} the {s['trait']} {s['kind']}",
+        "friend": f"{s['friend']} the {s['ftrait']} {s['fkind']}",
         "place": s["at"],
         "problem": story.fill(rng, story.plot.problem),
         "ending": story.fill(rng, story.plot.turn),
@@ -85,15 +83,15 @@ def as_json(rng: random.Random, story: Story) -> str:
 
 
 def news(rng: random.Random, story: Story) -> str:
-    """Five lines of breaking news, all in capitals."""
+    """Five lines of breaking news."""
     lines = (
-        "breaking news from {spotnoun}!",
+        "BREAKING NEWS from {spotnoun}!",
         story.plot.problem + ".",
         f'"{rng.choice(NEWS_QUOTES)}," ' + "[says|said] {name}, {who}.",
         "later " + story.plot.turn + ".",
         "experts say: {lesson}! " + rng.choice(NEWS_ENDINGS) + ".",
     )
-    return "\n".join(story.clause(rng, line) for line in lines).upper()
+    return "\n".join(story.fill(rng, line) for line in lines)
 
 
 def verse(rng: random.Random, story: Story) -> str:
