@@ -147,7 +147,7 @@ def conversation(server: Server, names: list[str | None]) -> None:
     messages = [{"role": "user", "content": "Tell me a story about a shy fox named Pip who lost his red kite."}]
     first = server.chat(messages, max_tokens=256, temperature=0)
     print(f"user: {messages[0]['content']}\nbase: {first}\n")
-    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "What is the lesson?"}]
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Where did Pip live?"}]
     print(f"user: {messages[-1]['content']}\nbase: {server.chat(messages, max_tokens=64, temperature=0)}\n")
     if len(names) > 1:
         print(f"user: {messages[0]['content']}\n{names[-1]}: {server.chat(messages[:1], names[-1], max_tokens=256, temperature=0)}")
