@@ -59,6 +59,8 @@ pub(super) struct Driver {
     pub(super) scheduler: Scheduler,
     pub(super) link: Link,
     pub(super) last_epoch: u64,
+    /// The epoch that `Control::Ready` was last said for.
+    pub(super) announced: u64,
     calls: FuturesUnordered<BoxFuture<'static, Called>>,
     pub(super) open: HashMap<u64, Open>,
     pub(super) loads: Vec<(AdapterId, LoadReply)>,
@@ -102,6 +104,7 @@ impl Driver {
             announce,
             scheduler,
             last_epoch: 0,
+            announced: 0,
             calls: FuturesUnordered::new(),
             open: HashMap::new(),
             loads: Vec::new(),

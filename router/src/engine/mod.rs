@@ -27,7 +27,7 @@ use drive::Driver;
 /// What the engine tells the launcher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
-    /// The first epoch serves.
+    /// A new epoch serves, so the shards' next death is not one in a row.
     Ready,
     /// The shards stopped answering; whoever owns them must restart the group.
     ShardHung {

@@ -110,7 +110,9 @@ impl Driver {
         status.cached_pages = load.pages.cached;
         drop(shown);
         // Only once the status says so too: whoever waits for this may ask for it next.
-        if ready && !self.announce.send_replace(true) {
+        if ready && self.announced != self.last_epoch {
+            self.announced = self.last_epoch;
+            self.announce.send_replace(true);
             (self.options.control)(Control::Ready);
         }
         if self.open.is_empty() {
