@@ -208,3 +208,18 @@ async fn requests_wait_for_shards_that_come_back() {
     assert_eq!(early.await.unwrap().0, bench.alone(&jobs[1].0, jobs[1].1));
     assert_all_right(&bench, &jobs).await;
 }
+
+#[tokio::test]
+async fn every_epoch_that_serves_is_announced_once() {
+    let mut bench = start(|_| {}).await;
+    for served in 1..=3 {
+        let announced = bench.controls.lock().unwrap().clone();
+        assert_eq!(announced, vec![Control::Ready; served]);
+        bench.shards[0].kill();
+        while bench.engine.status().ready {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        bench.restart_shards();
+        assert_all_right(&bench, &jobs(&bench, 1)).await;
+    }
+}

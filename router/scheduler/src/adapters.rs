@@ -333,14 +333,15 @@ impl Adapters {
 
     /// Bytes taken on the shard, loads and unloads under way included.
     pub fn taken(&self) -> u64 {
-        let on_shard = |view: &&AdapterView| {
+        self.bytes_of(|view| {
             !matches!(view.residency, Residency::Absent | Residency::Failed { .. })
-        };
-        self.all
-            .values()
-            .filter(on_shard)
-            .map(|view| view.bytes)
-            .sum()
+        })
+    }
+
+    /// Bytes of the adapters that count.
+    fn bytes_of(&self, counts: impl Fn(&AdapterView) -> bool) -> u64 {
+        let views = self.all.values().filter(|view| counts(view));
+        views.map(|view| view.bytes).sum()
     }
 
     /// Checks users and holders against counts taken elsewhere; the text names the adapter and what disagrees.

@@ -98,14 +98,7 @@ impl Adapters {
 
     /// Bytes that never make room for others.
     fn pinned(&self) -> u64 {
-        let pinned = |view: &&AdapterView| {
-            view.pinned && matches!(view.residency, Residency::Resident { .. })
-        };
-        self.all
-            .values()
-            .filter(pinned)
-            .map(|view| view.bytes)
-            .sum()
+        self.bytes_of(|view| view.pinned && matches!(view.residency, Residency::Resident { .. }))
     }
 
     fn load(&mut self, id: AdapterId, orders: &mut Vec<AdapterOrder>) {
@@ -134,17 +127,7 @@ impl Adapters {
     /// Evicts idle adapters, least recently used first, until `need` bytes will be free. Says whether they will.
     fn make_room(&mut self, need: u64, orders: &mut Vec<AdapterOrder>) -> bool {
         loop {
-            let staying: u64 = self
-                .all
-                .values()
-                .filter(|view| {
-                    matches!(
-                        view.residency,
-                        Residency::Loading { .. } | Residency::Resident { .. }
-                    )
-                })
-                .map(|view| view.bytes)
-                .sum();
+            let staying = self.bytes_of(stays);
             if staying.saturating_add(need) <= self.capacity {
                 return true;
             }
@@ -166,18 +149,7 @@ impl Adapters {
 
     /// Makes the adapter that has been resident longest yield its place, once somebody waited long enough for one.
     fn rotate(&mut self, now: Time, since: Time, need: u64) {
-        let staying: u64 = self
-            .all
-            .values()
-            .filter(|view| !view.yielding)
-            .filter(|view| {
-                matches!(
-                    view.residency,
-                    Residency::Loading { .. } | Residency::Resident { .. }
-                )
-            })
-            .map(|view| view.bytes)
-            .sum();
+        let staying = self.bytes_of(|view| !view.yielding && stays(view));
         let enough_yield = staying.saturating_add(need) <= self.capacity;
         if enough_yield || now < since.saturating_add(ROTATION) {
             return;
@@ -207,4 +179,12 @@ impl Adapters {
             };
         }
     }
+}
+
+/// Whether an adapter is on the shard, or soon, and nobody sent it away.
+fn stays(view: &AdapterView) -> bool {
+    matches!(
+        view.residency,
+        Residency::Loading { .. } | Residency::Resident { .. }
+    )
 }
