@@ -19,6 +19,7 @@ pub(super) fn step(
             prompt_tokens: journal.prompt().len() as u32,
             sampling: Some(sampling(admission.sequence)),
             adapter: admission.adapter,
+            ..Default::default()
         })
     });
     Step {

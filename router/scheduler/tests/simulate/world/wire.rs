@@ -20,6 +20,7 @@ pub(super) fn wire(
                 .get(&admission.sequence)
                 .map(|client| client.sampling.clone()),
             adapter: admission.adapter,
+            ..Default::default()
         })
     });
     let rows = step.rows.iter().map(|row| kvrun_proto::Row {
