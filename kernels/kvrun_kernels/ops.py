@@ -1,12 +1,16 @@
 """Every op by name. Each lives in the folder of its name, with its reference, its native code and its test."""
 
 from kvrun_kernels.act_mul.op import act_mul, activation
+from kvrun_kernels.causal_conv.op import causal_conv
+from kvrun_kernels.grouped_linear.op import grouped_linear
 from kvrun_kernels.layer_norm.op import layer_norm
 from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear
 from kvrun_kernels.paged_attention.op import paged_attention
 from kvrun_kernels.rms_norm.op import rms_norm
 from kvrun_kernels.rope.op import rope_
+from kvrun_kernels.selective_scan.op import selective_scan
 from kvrun_kernels.sgmv.op import LoraSegments, Segment, lora
+from kvrun_kernels.ssd_scan.op import ssd_scan
 from kvrun_kernels.store_kv.op import store_kv
 
 __all__ = [
@@ -15,6 +19,8 @@ __all__ = [
     "Segment",
     "act_mul",
     "activation",
+    "causal_conv",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "lora",
@@ -22,5 +28,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope_",
+    "selective_scan",
+    "ssd_scan",
     "store_kv",
 ]

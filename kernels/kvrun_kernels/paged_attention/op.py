@@ -7,7 +7,8 @@ from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = (
     "paged_attention(Tensor q, Tensor pool, Tensor query_start, Tensor contexts, Tensor page_table, float scale, "
-    "int window=0, float softcap=0.0, Tensor? slopes=None) -> Tensor"
+    "int window=0, float softcap=0.0, Tensor? slopes=None, *, Tensor? sinks=None, Tensor? reach=None, "
+    "Tensor? relative=None, int? value_dim=None) -> Tensor"
 )
 
 _kernel = Kernel("paged_attention", "ppppppp iiiiiii ii f i f ii")
@@ -23,15 +24,22 @@ def reference(
     window: int = 0,
     softcap: float = 0.0,
     slopes: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    reach: Tensor | None = None,
+    relative: Tensor | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    value_dim = value_dim or q.shape[2]
+    out = torch.zeros((*q.shape[:2], value_dim), dtype=q.dtype, device=q.device)
     group = q.shape[1] // pool.shape[2]
     for n, context in enumerate(contexts.tolist()):
         start, stop = int(query_start[n]), int(query_start[n + 1])
         if start == stop:
             continue
         pages = pool[page_table[n, : -(-context // pool.shape[3])].long()].float()
-        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context].repeat_interleave(group, dim=1)
+        planes = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context].repeat_interleave(group, dim=1)
+        keys, values = planes[0], planes[-1][..., :value_dim]
         scores = torch.einsum("thd,hkd->htk", q[start:stop].float(), keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -39,10 +47,17 @@ def reference(
         key_at = torch.arange(context, device=q.device)
         if slopes is not None:
             scores = scores + slopes.float().view(-1, 1, 1) * (key_at - query_at)
-        hidden = key_at > query_at
+        if relative is not None:
+            most = relative.shape[1] // 2
+            scores = scores + relative.float()[:, (key_at - query_at).clamp(-most, most) + most]
+        hidden = key_at > (query_at if reach is None else reach[start:stop].unsqueeze(1))
         if window:
             hidden = hidden | (query_at - key_at >= window)
-        shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, stop - start, 1)), dim=-1)
+        # A row that sees no key has no shares to give.
+        shares = scores.softmax(-1)[..., :context].masked_fill(hidden.all(-1, keepdim=True), 0.0)
         out[start:stop] = torch.einsum("htk,hkd->thd", shares, values).to(q.dtype)
     return out
 
@@ -57,14 +72,26 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     slopes: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    reach: Tensor | None = None,
+    relative: Tensor | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
     """Attend each query row to its sequence's pages; prompts, chunks of prompts and single tokens in one call.
 
-    q [tokens, q_heads, dim] · pool [pages, 2, kv_heads, page_tokens, dim] · query_start [sequences + 1] int32: sequence
-    n owns query rows query_start[n] to query_start[n + 1] · contexts [sequences] int32: its last row sits at position
-    contexts[n] - 1 · page_table [sequences, pages of the longest] int32 · window w > 0: key j is seen from i iff
-    i - j < w · softcap c > 0: scores become c * tanh(score / c) · slopes [q_heads] float32: ALiBi, adds
-    slope * (j - i) · out [tokens, q_heads, dim].
+    q [tokens, q_heads, dim] · pool [pages, 2, kv_heads, page_tokens, dim], or [pages, 1, ...] where the keys' first
+    numbers are the values too (MLA's latents) · query_start [sequences + 1] int32: sequence n owns query rows
+    query_start[n] to query_start[n + 1] · contexts [sequences] int32: its last row sits at position contexts[n] - 1 ·
+    page_table [sequences, pages of the longest] int32 · out [tokens, q_heads, value_dim], which is dim unless said.
+
+    What a score becomes, in this order: times scale · softcap c > 0: c * tanh(score / c) · slopes [q_heads] float32:
+    ALiBi, adds slope * (j - i) for key j and query i · relative [q_heads, 2R + 1] float32: adds
+    relative[head, clamp(j - i, -R, R) + R] (T5) · sinks [q_heads] float32: a logit that takes its share of the softmax
+    and has no value.
+
+    What a row sees: the keys up to its own position, or with reach [tokens] int32 up to key reach[row], of those that its
+    sequence has · window w > 0: of these only j with i - j < w. A row that sees nothing gets zeros.
 
     A row's result is the same to the bit however the prompt is chunked and whatever else is in the batch.
     """
@@ -74,8 +101,12 @@ def paged_attention(
     run = _kernel.run
     native = on_cpu(q, pool, slopes) and pool.is_contiguous()
     native = native and all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in tables)
+    native = native and sinks is None and reach is None and relative is None and value_dim is None and pool.shape[1] == 2
     if run is None or not native or (slopes is not None and slopes.dtype != torch.float32):
-        return reference(q, pool, query_start, contexts, page_table, scale, window, softcap, slopes)
+        return reference(
+            q, pool, query_start, contexts, page_table, scale, window, softcap, slopes,
+            sinks=sinks, reach=reach, relative=relative, value_dim=value_dim,
+        )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype)
     run(
         out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(),

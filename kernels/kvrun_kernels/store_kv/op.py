@@ -5,28 +5,35 @@ from torch import Tensor
 
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
-SCHEMA = "store_kv(Tensor k, Tensor v, Tensor(a!) pool, Tensor slots) -> ()"
+SCHEMA = "store_kv(Tensor k, Tensor? v, Tensor(a!) pool, Tensor slots) -> ()"
 
 _kernel = Kernel("store_kv", "pppp iii iiii iii ii")
 
 
-def reference(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
+def reference(k: Tensor, v: Tensor | None, pool: Tensor, slots: Tensor) -> None:
     page_tokens = pool.shape[3]
     page, offset = slots.long() // page_tokens, slots.long() % page_tokens
     pool[page, 0, :, offset] = k.to(pool.dtype)
+    if v is None:
+        return
     pool[page, 1, :, offset, : v.shape[-1]] = v.to(pool.dtype)
     pool[page, 1, :, offset, v.shape[-1] :] = 0
 
 
-def store_kv(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
+def store_kv(k: Tensor, v: Tensor | None, pool: Tensor, slots: Tensor) -> None:
     """Write each token's keys and values to its slot; slot = page * page_tokens + place in the page.
 
     k [tokens, kv_heads, dim] · v [tokens, kv_heads, at most dim], the rest of its place is zeroed ·
-    pool [pages, 2, kv_heads, page_tokens, dim], keys at 0 and values at 1 · slots [tokens] int32.
+    pool [pages, 2, kv_heads, page_tokens, dim], keys at 0 and values at 1; [pages, 1, ...] where v is None, for keys that
+    hold their values (MLA's latents) · slots [tokens] int32.
     """
+    if pool.shape[1] != (1 if v is None else 2):
+        raise ValueError(
+            f"{'keys' if v is None else 'keys and values'} asked for a pool of {pool.shape[1]} planes; its shape is {list(pool.shape)}"
+        )
     run = _kernel.run
-    native = on_cpu(k, v, pool) and pool.is_contiguous() and k.dtype == v.dtype
-    if run is None or not native or slots.dtype != torch.int32:
+    native = on_cpu(k, v, pool) and pool.is_contiguous() and v is not None and k.dtype == v.dtype
+    if run is None or v is None or not native or slots.dtype != torch.int32:
         return reference(k, v, pool, slots)
     run(
         k.data_ptr(), v.data_ptr(), pool.data_ptr(), slots.data_ptr(), k.shape[0], k.shape[1], pool.shape[3],
