@@ -17,9 +17,9 @@ from typing import Any
 
 from kvrun import models
 from kvrun.errors import AdapterError, ConfigError, FilesError, KvrunError
-from kvrun.spec import Attention, Config, Model
+from kvrun.spec import Config
 from kvrun.weights.checkpoint import Checkpoint
-from kvrun.weights.plan import branches, plan_model
+from kvrun.weights.plan import plan_model
 from kvrun.weights.split import Split
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,13 +79,14 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1) -> ModelFac
         raise FilesError(f"{folder} lacks tokenizer.json; save the tokenizer into it with transformers' `save_pretrained`")
     stored = {STORED[entry.dtype] for entry in checkpoint.entries.values() if entry.dtype in STORED}
     computed = _computed(dtype, config, stored)
-    splits = [Split(rank, world) for rank in range(world)]
+    plans = [plan_model(model, Split(rank, world)) for rank in range(world)]
+    token = max(sum(shape.elements for shape in plan.pages) for plan in plans)  # numbers that one token leaves in pages
     file_bytes = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.entries.values()})
     if config.get("quantization_config"):
         # Packed weights stay packed: what the files hold is what the ranks share.
         rank_bytes = math.ceil(file_bytes / world)
     else:
-        rank_bytes = max(plan_model(model, split).elements for split in splits) * ITEM_BYTES[computed]
+        rank_bytes = max(plan.elements for plan in plans) * ITEM_BYTES[computed]
     return ModelFacts(
         folder=str(folder),
         architecture=config.architecture,
@@ -93,7 +94,7 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1) -> ModelFac
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         file_bytes=file_bytes,
         rank_weight_bytes=rank_bytes,
-        page_bytes=max(_token_elements(model, split) for split in splits) * PAGE_TOKENS * ITEM_BYTES[computed],
+        page_bytes=token * PAGE_TOKENS * ITEM_BYTES[computed],
         page_tokens=PAGE_TOKENS,
         max_positions=model.positions or None,
     )
@@ -131,13 +132,6 @@ def _computed(asked: str, config: Config, stored: set[str]) -> str:
     if name not in ITEM_BYTES:
         raise ConfigError(f"--dtype {asked}: {name} is not served; use one of {', '.join(ITEM_BYTES)}")
     return name
-
-
-def _token_elements(model: Model, split: Split) -> int:
-    """Numbers that one token leaves in the KV cache of this rank."""
-    mixers = (mixer for layer in model.decoder.layers for _, mixers in branches(layer) for mixer in mixers)
-    shares = ((split.heads(m.heads, m.kv_heads), m.head_dim) for m in mixers if isinstance(m, Attention))
-    return sum(2 * share.kv_heads * head_dim for share, head_dim in shares)
 
 
 def _adapter_list(text: str) -> dict[str, Path]:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "hub": {"errors", "config"},
     "inspect": {"errors", "hub", "config", "spec", "models", "weights"},
-    "weights": {"spec", "dist", "errors"},
+    "weights": {"spec", "state", "dist", "errors"},
     "quant": {"spec", "dist", "errors", "weights"},
     "state": {"spec", "errors"},
     "attention": {"spec", "state", "errors"},

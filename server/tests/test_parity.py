@@ -1,5 +1,6 @@
-"""Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one, two and three ranks."""
+"""Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import kvrun_kernels
@@ -13,6 +14,7 @@ from tiny import ROWS, VOCABULARY, oracle
 NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
+WORLDS = (1, 2, 3, 4)
 SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
@@ -30,10 +32,10 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def groups(tmp_path_factory):
-    """Runners at one, two and three ranks; the further ranks are processes of their own."""
+    """Runners at one to four ranks; the further ranks are processes of their own."""
     at = tmp_path_factory.mktemp("rendezvous")
-    with ranks(1, at / "1") as one, ranks(2, at / "2") as two, ranks(3, at / "3") as three:
-        yield {1: one, 2: two, 3: three}
+    with ExitStack() as stack:
+        yield {world: stack.enter_context(ranks(world, at / str(world))) for world in WORLDS}
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +56,7 @@ def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return ((logits - reference).abs().max() / reference.std()).item()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("row", ROWS)
 def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(row, world, groups, checkpoint, expected):
     runner = groups[world]
@@ -64,19 +66,28 @@ def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(
     assert distance(logits, expected(row)) < CLOSE
 
 
-@pytest.mark.parametrize(("row", "world"), [(row, 1) for row in ROWS] + [(row, 2) for row in SHAPES])
-def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world, groups, checkpoint):
-    runner = groups[world]
-    runner.load(checkpoint(row))
-    asked = prompts(seed=1, lengths=tuple(range(3, 43, 2)))
-    answers = runner.greedy(asked, 64)
+def answer_as_transformers_would(runner, folder, asked, count):
+    """`count` greedy tokens after each prompt, each of them transformers' own choice after all before it."""
+    runner.load(folder)
+    answers = runner.greedy(asked, count)
     assert len({token for answer in answers for token in answer}) > 20, "the answers are too monotonous to prove anything"
     # A greedy answer is one whose every token is the likeliest after all before it, which one pass over it shows.
-    for prompt, answer, logits in zip(asked, answers, oracle(checkpoint(row), [p + a for p, a in zip(asked, answers)])):
+    for prompt, answer, logits in zip(asked, answers, oracle(folder, [p + a for p, a in zip(asked, answers)])):
         scores = logits[len(prompt) - 1 : -1]
         chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
         # Of 40,000 tokens in all, one or the other is a tie to within rounding; both sides of it are right.
         assert ((scores.max(-1).values - chosen) / scores.std()).max() < TIE
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in SHAPES])
+def test_24_greedy_tokens_of_6_prompts_are_transformers_own_choices(row, groups, checkpoint):
+    answer_as_transformers_would(groups[1], checkpoint(row), prompts(seed=1, lengths=(3, 9, 17, 25, 33, 41)), 24)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("row", SHAPES)
+def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world, groups, checkpoint):
+    answer_as_transformers_would(groups[world], checkpoint(row), prompts(seed=1, lengths=tuple(range(3, 43, 2))), 64)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -132,7 +143,7 @@ def mutated(model: Model, mixer=lambda m: m, norm=lambda n: n) -> Model:
     """The model with every mixer and norm of its layers changed."""
 
     def residual(r: Residual) -> Residual:
-        return Residual(norm(r.norm), *map(mixer, r.mixers))
+        return Residual(r.norm and norm(r.norm), *map(mixer, r.mixers), after=r.after and norm(r.after), scale=r.scale)
 
     def step(s):
         return Parallel(*map(residual, s.residuals)) if isinstance(s, Parallel) else residual(s)

@@ -10,6 +10,6 @@ def test_the_readme_table_is_fresh():
 
 
 def test_every_served_architecture_is_compared_with_transformers():
-    tested = {architecture_of(kind) for kind, _ in ROWS.values()}
+    tested = {architecture_of(row) for row in ROWS.values()}
     old_names = {"RWForCausalLM"}  # the name that Falcon's first checkpoints carry
     assert set(registry.served()) - old_names == tested

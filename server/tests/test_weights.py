@@ -96,7 +96,7 @@ def test_merging_keeps_the_indices_and_their_order(lengths):
 @pytest.mark.parametrize("row", ROWS)
 def test_sources_say_which_rows_and_columns_of_the_checkpoint_a_linear_holds(row, world, checkpoint):
     folder = checkpoint(row)
-    tensors, transposed = load_file(folder / "model.safetensors"), ROWS[row][0] == "gpt2"
+    tensors, transposed = load_file(folder / "model.safetensors"), ROWS[row].kind == "gpt2"
     for rank in range(world):
         loaded = load_model(folder, dtype="float32", group=Alone(rank, world))
         assert [linear.site for linear in loaded.linears] == list(range(len(loaded.linears)))

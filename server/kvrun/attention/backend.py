@@ -37,6 +37,8 @@ class Scores:
     scale: float
     window: int = 0  # 0 = all keys
     slopes: Tensor | None = None  # [heads] float32: added per position of distance
+    softcap: float = 0.0  # scores become cap * tanh(score / cap); 0 = as they are
+    sinks: Tensor | None = None  # [heads] float32: logits that take their share and give nothing
 
 
 class AttentionStep(Protocol):

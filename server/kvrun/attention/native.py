@@ -23,7 +23,7 @@ class NativeStep:
         b, pool = self.batch, self.kv.layers[layer]
         ops.store_kv(k, v, pool, b.slots)
         return ops.paged_attention(
-            q, pool, b.query_start, b.contexts, b.page_table, scores.scale, window=scores.window, slopes=scores.slopes
+            q, pool, b.query_start, b.contexts, b.page_table, scores.scale, scores.window, scores.softcap, scores.slopes
         )
 
 

@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+import kvrun.nn.mixers  # noqa: F401  (registers the module of every kind of mixer)
 from kvrun import models
-from kvrun.attention.backend import Scores
 from kvrun.attention.native import Native
 from kvrun.dist import Group
 from kvrun.errors import DeviceError, Unsupported
-from kvrun.nn.attention import Attention
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.linear import Linear, Source
 from kvrun.nn.loaded import LoadedModel
-from kvrun.nn.mlp import GatedMlp, Mlp
-from kvrun.nn.norms import LayerNorm, Norm, RmsNorm
-from kvrun.nn.positions import RotaryTable, alibi_slopes
-from kvrun.nn.residual import Branch, Residual
+from kvrun.nn.norms import Norm, norm_of
+from kvrun.nn.parts import Parts, Shared, build_mixer
+from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
 from kvrun.quant import Dense, DenseLinear, LinearFormat, choose
-from kvrun.spec import Alibi, Config, Model, Rope
+from kvrun.spec import Config, Model, Parallel, Step, UnitHead
+from kvrun.spec import PostNorm as SpecPostNorm
 from kvrun.spec import mixers as spec_mixers
 from kvrun.spec import norms as spec_norms
-from kvrun.state.pages import PageShape
 from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import probe
-from kvrun.weights.plan import LinearPlan, ModelPlan, plan_mixer, plan_model, plan_norm, step_branches, whole
+from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, plan_model, plan_norm
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,7 +72,7 @@ def load_model(
         architecture=config.architecture,
         decoder=decoder,
         linears=build.linears,
-        page_shapes=build.page_shapes,
+        page_shapes=build.shared.pages,
         vocabulary=vocabulary,
         vocabulary_limit=vocabulary_limit(folder, vocabulary),
         positions=model.positions,
@@ -113,93 +102,91 @@ class _Build:
 
     def __init__(self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group) -> None:
         self.linears: list[Linear] = []
-        self.page_shapes: list[PageShape] = []
-        self._model, self._plan, self._loader, self._format = model, plan, loader, weights
-        self._split, self._dtype, self._group, self._dense = plan.split, dtype, group, Dense()
+        self.shared = Shared(plan.split, group, dtype)
+        self._model, self._plan, self._loader, self._format, self._dense = model, plan, loader, weights, Dense()
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
-        self._shares_embedding = loader.stored(plan.embed) == loader.stored(plan.head.weight)
+        self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
         self._hidden = model.decoder.embed.hidden
-        self._rotaries: dict[Rope, RotaryTable] = {}  # layers that rotate alike share a table
 
     @property
     def elements(self) -> int:
         """Numbers this rank holds: a checkpoint may store both ends of a model that calls them tied."""
         tied = self._model.decoder.head.tied
-        return self._plan.elements + self._plan.embed.elements * (tied and not self._shares_embedding)
+        return self._plan.elements + self._plan.embed.table.elements * (tied and not self._shares_embedding)
 
     def decoder(self) -> Decoder:
         """All of it, in the order in which a token passes through."""
         head = self._head_weight()
         embed = self._embedding(head)
-        residuals = []
-        for layer in self._model.decoder.layers:
-            for step in layer.steps:
-                branches = [
-                    Branch(self._norm(norm, layer.at), tuple(self._mixer(mixer, layer.at) for mixer in mixers))
-                    for norm, mixers in step_branches(step)
-                ]
-                residuals.append(Residual(tuple(branches), self._group))
-        return Decoder(embed, tuple(residuals), self._head(head), Native(), tuple(self._rotaries.values()))
+        residuals = tuple(self._step(step, layer.at) for layer in self._model.decoder.layers for step in layer.steps)
+        return Decoder(embed, residuals, self._head(head), Native(), tuple(self.shared.rotaries.values()))
 
     def _head_weight(self) -> DenseLinear:
-        return self._dense.build({"weight": self._loader.table(self._plan.head.weight, self._dtype)}, self._dtype)
+        weight = self._loader.table(self._plan.head.weight, self.shared.dtype)
+        if isinstance(self._model.decoder.head, UnitHead):
+            weight = functional.normalize(weight.float()).to(weight.dtype)
+        return self._dense.build({"weight": weight}, self.shared.dtype)
 
     def _embedding(self, head: DenseLinear) -> Embedding:
         embed, plan = self._model.decoder.embed, self._plan.embed
-        rows = head.rows if self._shares_embedding else partial(functional.embedding, weight=self._loader.table(plan, self._dtype))
-        learned, held = embed.position, plan.rows[0]
-        if learned is None:
-            return Embedding(rows, held, self._group)
-        positions = self._loader.table(whole(f"{learned.name}.weight", (learned.rows, embed.hidden)), self._dtype)
-        return Embedding(rows, held, self._group, positions, learned.offset)
-
-    def _head(self, weight: DenseLinear) -> Head:
-        plan, norm = self._plan.head, self._norm(self._model.decoder.head.norm, "")
-        bias = None if plan.bias is None else self._loader.table(plan.bias, self._dtype)
-        return Head(norm, weight, bias, self._split.sizes(self._model.decoder.embed.vocabulary), self._group)
-
-    def _norm(self, norm: spec_norms.Norm, at: str) -> Norm:
-        vectors = {key: self._loader.table(plan, self._dtype) for key, plan in plan_norm(norm, at, self._hidden).items()}
-        if isinstance(norm, spec_norms.RmsNorm):
-            return RmsNorm(vectors["weight"], norm.eps, norm.offset)
-        return LayerNorm(vectors.get("weight"), vectors.get("bias"), norm.eps)
-
-    def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
-        plans = plan_mixer(mixer, at, self._hidden, self._split)
-        linears = {key: self._linear(plan) for key, plan in plans.items()}
-        if isinstance(mixer, spec_mixers.Attention):
-            return self._attention(mixer, linears)
-        if isinstance(mixer, spec_mixers.GatedMlp):
-            return GatedMlp(linears["gate_up"], linears["down"], _activation(mixer.act))
-        return Mlp(linears["up"], linears["down"], _activation(mixer.act))
-
-    def _attention(self, mixer: spec_mixers.Attention, linears: dict[str, Linear]) -> Attention:
-        share, position = self._split.heads(mixer.heads, mixer.kv_heads), mixer.position
-        scale = mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale
-        slopes = None
-        if isinstance(position, Alibi):
-            slopes = (alibi_slopes(mixer.heads) * position.scale)[share.query[0] : share.query[1]].contiguous()
-        rotary = self._rotary(position) if isinstance(position, Rope) else None
-        self.page_shapes.append(PageShape(share.kv_heads, mixer.head_dim))
-        return Attention(
-            layer=len(self.page_shapes) - 1,
-            heads=share.heads,
-            kv_heads=share.kv_heads,
-            head_dim=mixer.head_dim,
-            qkv=linears["qkv"],
-            out=linears["out"],
-            rotary=rotary,
-            scores=Scores(scale, mixer.window or 0, slopes),
+        # Rows of a head whose rows were changed are not the embedding's.
+        shared = self._shares_embedding and not isinstance(self._model.decoder.head, UnitHead)
+        rows = head.rows if shared else partial(functional.embedding, weight=self._loader.table(plan.table, self.shared.dtype))
+        return Embedding(
+            rows,
+            held=plan.table.rows[0],
+            group=self.shared.group,
+            scale=embed.scale,
+            project=None if plan.project is None else self._linear(plan.project),
+            positions=None if plan.position is None else self._loader.table(plan.position, self.shared.dtype),
+            offset=0 if embed.position is None else embed.position.offset,
+            norm=None if embed.norm is None else norm_of(embed.norm, self._tables(plan.norm)),
         )
 
-    def _rotary(self, rope: Rope) -> RotaryTable:
-        if rope not in self._rotaries:
-            self._rotaries[rope] = RotaryTable(rope)
-        return self._rotaries[rope]
+    def _head(self, weight: DenseLinear) -> Head:
+        head, plan = self._model.decoder.head, self._plan.head
+        return Head(
+            weight,
+            None if plan.bias is None else self._loader.table(plan.bias, self.shared.dtype),
+            sizes=self.shared.split.sizes(self._model.decoder.embed.vocabulary),
+            group=self.shared.group,
+            norm=None if head.norm is None else norm_of(head.norm, self._tables(plan.norm)),
+            project=None if plan.project is None else self._linear(plan.project),
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+
+    def _step(self, step: Step, at: str) -> Residual | PostNorm:
+        group = self.shared.group
+        if isinstance(step, SpecPostNorm):
+            return PostNorm(Residual((Branch(None, self._mixers(step.mixers, at)),), group), self._norm(step.norm, at))
+        residuals = step.residuals if isinstance(step, Parallel) else (step,)
+        if len(residuals) > 1 and any(residual.after is not None or residual.scale != residuals[0].scale for residual in residuals):
+            raise Unsupported(f"{at}: parallel residuals that are normalised or scaled apart are not served")
+        branches = tuple(
+            Branch(None if residual.norm is None else self._norm(residual.norm, at), self._mixers(residual.mixers, at))
+            for residual in residuals
+        )
+        after = residuals[0].after
+        return Residual(branches, group, None if after is None else self._norm(after, at), residuals[0].scale)
+
+    def _norm(self, norm: spec_norms.Norm, at: str) -> Norm:
+        return norm_of(norm, self._tables(plan_norm(norm, at, self._hidden)))
+
+    def _mixers(self, mixers: Iterable[spec_mixers.Mixer], at: str) -> tuple[Mixer, ...]:
+        return tuple(self._mixer(mixer, at) for mixer in mixers)
+
+    def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
+        plan = plan_mixer(mixer, at, self._hidden, self.shared.split)
+        linears = {key: self._linear(part) for key, part in plan.linears.items()}
+        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, self.shared))
+
+    def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
+        return {key: self._loader.table(plan, self.shared.dtype) for key, plan in plans.items()}
 
     def _linear(self, plan: LinearPlan) -> Linear:
-        weight = self._format.build(self._loader.linear(plan, self._format.tensors()), self._dtype)
-        bias = self._loader.bias(plan, self._dtype)
+        weight = self._format.build(self._loader.linear(plan, self._format.tensors()), self.shared.dtype)
+        bias = self._loader.bias(plan, self.shared.dtype)
         linear = Linear(len(self.linears), plan.role, _sources(plan), weight, bias, plan.out_features, plan.in_features)
         self.linears.append(linear)
         return linear
@@ -213,9 +200,3 @@ def _sources(plan: LinearPlan) -> tuple[Source, ...]:
         sources.append(Source(cut.module, rows, column, cols, cut.out_features, cut.in_features))
         column += len(rows)
     return tuple(sources)
-
-
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise Unsupported(f"activation {name} is not served; known are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]

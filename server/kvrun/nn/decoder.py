@@ -10,7 +10,7 @@ from kvrun.attention.backend import AttentionBackend
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.positions import RotaryTable
-from kvrun.nn.residual import Residual
+from kvrun.nn.residual import PostNorm, Residual
 from kvrun.nn.step import ForwardStep
 from kvrun.state.pages import KvPages
 
@@ -20,7 +20,7 @@ class Decoder:
     """Embed, then every residual, then the head."""
 
     embed: Embedding
-    residuals: tuple[Residual, ...]
+    residuals: tuple[Residual | PostNorm, ...]
     head: Head
     attention: AttentionBackend
     rotaries: tuple[RotaryTable, ...]
@@ -33,7 +33,7 @@ class Decoder:
         for rotary in self.rotaries:
             rotary.reach(int(batch.contexts.max()))
         step = ForwardStep(batch.positions, self.attention.plan(batch, kv), batch.lora)
-        x = self.embed(batch.ids, batch.positions)
+        x = self.embed(batch.ids, step)
         for residual in self.residuals:
             residual(x, step)
-        return self.head(x[batch.wanted])
+        return self.head(x[batch.wanted], step)

@@ -5,31 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kvrun.dist import Group
+from kvrun.nn.linear import Linear
 from kvrun.nn.norms import Norm
+from kvrun.nn.step import ForwardStep
 from kvrun.quant.format import QuantizedLinear
 from kvrun.weights.split import Span
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embeddings of the ids in `held`, and the learned positions if the model has them."""
+    """norm(project(table[id] * scale) + position): this rank looks up the ids in `held`, the ranks share what they found."""
 
-    rows: Callable[[Tensor], Tensor]  # indices within `held` [T] -> a new [T, hidden]
+    rows: Callable[[Tensor], Tensor]  # indices within `held` [T] -> a new [T, width]
     held: Span
     group: Group
+    scale: float = 1.0
+    project: Linear | None = None
     positions: Tensor | None = None  # [rows, hidden], whole on every rank
     offset: int = 0
+    norm: Norm | None = None
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids [T] int64 · positions [T] int32 -> [T, hidden]"""
+    def __call__(self, ids: Tensor, step: ForwardStep) -> Tensor:
+        """ids [T] int64 -> [T, hidden]"""
         x = self.rows(ids) if self.group.world == 1 else self._share(ids)
+        if self.scale != 1.0:
+            x *= torch.tensor(self.scale, dtype=x.dtype)  # rounded first, as the models were trained
+        if self.project is not None:
+            x = self.project(x, step.lora)
         if self.positions is not None:
-            x += functional.embedding(positions + self.offset, self.positions)
-        return x
+            x += functional.embedding(step.positions + self.offset, self.positions)
+        return x if self.norm is None else self.norm(x)
 
     def _share(self, ids: Tensor) -> Tensor:
         first, end = self.held
@@ -43,13 +53,24 @@ class Embedding:
 class Head:
     """Logits of the wanted tokens, gathered to rank 0."""
 
-    norm: Norm
-    weight: QuantizedLinear  # [rows of this rank, hidden]
+    weight: QuantizedLinear  # [rows of this rank, width]
     bias: Tensor | None
     sizes: Sequence[int]  # rows of every rank
     group: Group
+    norm: Norm | None = None
+    project: Linear | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def __call__(self, x: Tensor, step: ForwardStep) -> Tensor | None:
         """x [S, hidden] -> [S, vocabulary] float32 on rank 0, None elsewhere"""
-        logits = self.group.gather_columns(self.weight.matmul(self.norm(x), self.bias), self.sizes)
-        return None if logits is None else logits.float()
+        x = x if self.norm is None else self.norm(x)
+        if self.project is not None:
+            x = self.project(x, step.lora)
+        gathered = self.group.gather_columns(self.weight.matmul(x, self.bias), self.sizes)
+        if gathered is None:
+            return None
+        logits = gathered.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

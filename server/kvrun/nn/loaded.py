@@ -11,7 +11,8 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.linear import Linear
 from kvrun.spec import Config, Model
-from kvrun.state.pages import KvPages, PageShape, page_bytes
+from kvrun.state.pages import KvPages, page_bytes
+from kvrun.state.shapes import PageShape
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kvrun.nn.step import ForwardStep, Mixer
 class Branch:
     """A norm and the mixers that read what it gives."""
 
-    norm: Norm
+    norm: Norm | None
     mixers: tuple[Mixer, ...]
 
 
@@ -25,14 +25,33 @@ class Residual:
 
     branches: tuple[Branch, ...]
     group: Group
+    after: Norm | None = None
+    scale: float = 1.0
 
     def __call__(self, x: Tensor, step: ForwardStep) -> None:
         """Add to x in place. x [T, hidden]"""
         total: Tensor | None = None
         for branch in self.branches:
-            h = branch.norm(x)
+            h = x if branch.norm is None else branch.norm(x)
             for mixer in branch.mixers:
                 part = mixer(h, step)
                 total = part if total is None else total.add_(part)
-        if total is not None:
-            x += self.group.all_reduce(total)
+        if total is None:
+            return
+        total = self.group.all_reduce(total)
+        if self.after is not None:
+            total = self.after(total)
+        x.add_(total, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class PostNorm:
+    """A residual without norms of its own, and a norm of what x became."""
+
+    residual: Residual
+    norm: Norm
+
+    def __call__(self, x: Tensor, step: ForwardStep) -> None:
+        """Change x in place. x [T, hidden]"""
+        self.residual(x, step)
+        x.copy_(self.norm(x))

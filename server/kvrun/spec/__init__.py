@@ -6,8 +6,8 @@ A model file reads a `Config` and returns a `Model`; its import list is the arch
 from kvrun.spec.config import Config
 from kvrun.spec.describe import describe
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
-from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, Residual, Step, stack
-from kvrun.spec.norms import LayerNorm, Norm, RmsNorm
+from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Step, UnitHead, stack
+from kvrun.spec.norms import EachHeadNorm, HeadNorm, LayerNorm, Norm, ProjectionNorm, QueryKeyNorm, RmsNorm
 from kvrun.spec.positions import (
     Alibi,
     DynamicScaling,
@@ -27,10 +27,12 @@ __all__ = [
     "Config",
     "Decoder",
     "DynamicScaling",
+    "EachHeadNorm",
     "Embed",
     "Fused",
     "GatedMlp",
     "Head",
+    "HeadNorm",
     "Layer",
     "LayerNorm",
     "Learned",
@@ -43,11 +45,15 @@ __all__ = [
     "Norm",
     "Packed",
     "Parallel",
+    "PostNorm",
+    "ProjectionNorm",
+    "QueryKeyNorm",
     "Residual",
     "RmsNorm",
     "Rope",
     "Step",
     "Stored",
+    "UnitHead",
     "YarnScaling",
     "architecture",
     "describe",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvrun.spec.norms import QueryKeyNorm
 from kvrun.spec.positions import Alibi, Rope
 from kvrun.spec.weights import Fused, Stored
 
 
+class Mixer:
+    """A part that a residual adds; every kind of part derives from it."""
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(Mixer):
     """Causal self-attention; `heads // kv_heads` query heads read each key/value head."""
 
     heads: int
@@ -20,10 +25,14 @@ class Attention:
     position: Rope | Alibi | None = None  # None: the embedding knows, or nobody does
     scale: float | None = None  # of the scores; None = head_dim ** -0.5
     window: int | None = None  # a token sees itself and the window - 1 before it; None = all
+    clip: float | None = None  # queries, keys and values are cut to -clip .. clip; None = never
+    norm: QueryKeyNorm | None = None  # of queries and keys, before they are rotated
+    softcap: float | None = None  # scores become cap * tanh(score / cap); None = as they are
+    sinks: str | None = None  # a logit per head that takes its share of the softmax and gives nothing
 
 
 @dataclass(frozen=True)
-class GatedMlp:
+class GatedMlp(Mixer):
     """down(act(gate(x)) * up(x))"""
 
     width: int
@@ -33,13 +42,10 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
-class Mlp:
+class Mlp(Mixer):
     """down(act(up(x)))"""
 
     width: int
     act: str
     up: Fused
     down: Fused
-
-
-Mixer = Attention | GatedMlp | Mlp

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from kvrun.spec.mixers import Mixer
 from kvrun.spec.norms import Norm
 from kvrun.spec.positions import Learned
+from kvrun.spec.weights import Fused
 
 
 @dataclass(frozen=True, init=False)
 class Residual:
-    """x <- x + the sum of mixer(norm(x)) over its mixers"""
+    """x <- x + scale * after(the sum of mixer(norm(x)) over its mixers); a norm that is None changes nothing"""
 
-    norm: Norm
+    norm: Norm | None
     mixers: tuple[Mixer, ...]
+    after: Norm | None = None
+    scale: float = 1.0
 
-    def __init__(self, norm: Norm, *mixers: Mixer) -> None:
+    def __init__(self, norm: Norm | None, *mixers: Mixer, after: Norm | None = None, scale: float = 1.0) -> None:
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "mixers", mixers)
+        object.__setattr__(self, "after", after)
+        object.__setattr__(self, "scale", scale)
 
 
 @dataclass(frozen=True, init=False)
@@ -32,7 +37,19 @@ class Parallel:
         object.__setattr__(self, "residuals", residuals)
 
 
-Step = Residual | Parallel
+@dataclass(frozen=True, init=False)
+class PostNorm:
+    """x <- norm(x + the sum of mixer(x) over its mixers)"""
+
+    norm: Norm
+    mixers: tuple[Mixer, ...]
+
+    def __init__(self, norm: Norm, *mixers: Mixer) -> None:
+        object.__setattr__(self, "norm", norm)
+        object.__setattr__(self, "mixers", mixers)
+
+
+Step = Residual | Parallel | PostNorm
 
 
 @dataclass(frozen=True)
@@ -50,22 +67,37 @@ def stack(count: int, at: str, steps: Sequence[Step] | Callable[[int], Sequence[
 
 @dataclass(frozen=True)
 class Embed:
-    """A table of `vocabulary` rows of `hidden` numbers."""
+    """norm(project(table[id] * scale) + position): a table of `vocabulary` rows, `hidden` numbers out."""
 
     name: str
     vocabulary: int
     hidden: int
     position: Learned | None = None
+    scale: float = 1.0
+    norm: Norm | None = None
+    project: Fused | None = None  # from the table's width to `hidden`
+    width: int | None = None  # of the table; None = hidden
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits from the last hidden state. Tied: a checkpoint without the head's own tensor means the embedding's."""
+    """cap(weight project(norm(x)) * scale), the logits of the last hidden state.
 
-    norm: Norm
+    Tied: a checkpoint without the head's own tensor means the embedding's.
+    """
+
+    norm: Norm | None
     name: str
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None  # logits become cap * tanh(logit / cap)
+    project: Fused | None = None  # from `hidden` to the embedding table's width
+
+
+@dataclass(frozen=True)
+class UnitHead(Head):
+    """A head whose rows are scaled to length 1 before they are used (Baichuan 2)."""
 
 
 @dataclass(frozen=True)

@@ -25,3 +25,30 @@ class LayerNorm:
 
 
 Norm = RmsNorm | LayerNorm
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Each query head and each key head normalised by itself, all of them with the same vectors."""
+
+    query: Norm
+    key: Norm
+
+
+@dataclass(frozen=True)
+class EachHeadNorm:
+    """Each query head and each key head normalised by itself, with a vector of its own: weights [heads, head_dim]."""
+
+    query: Norm
+    key: Norm
+
+
+@dataclass(frozen=True)
+class ProjectionNorm:
+    """All query heads of a token normalised as one vector, and all its key heads as another."""
+
+    query: RmsNorm
+    key: RmsNorm
+
+
+QueryKeyNorm = HeadNorm | EachHeadNorm | ProjectionNorm

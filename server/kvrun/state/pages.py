@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class PageShape:
-    """What one layer remembers of one token on this rank."""
-
-    kv_heads: int
-    head_dim: int
+from kvrun.state.shapes import PageShape
 
 
 class KvPages:
-    """Keys and values of every layer: `layers[i]` is [pages, 2, kv_heads, page_tokens, head_dim], key 0 and value 1."""
+    """Keys and values of every layer: `layers[i]` is [pages, planes, kv_heads, page_tokens, head_dim], key 0 and value 1."""
 
     def __init__(
         self, shapes: Sequence[PageShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -26,7 +19,9 @@ class KvPages:
         self.pages = pages
         self.page_tokens = page_tokens
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
-        self.layers: list[Tensor] = [torch.zeros(pages, 2, s.kv_heads, page_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes]
+        self.layers: list[Tensor] = [
+            torch.zeros(pages, s.planes, s.kv_heads, page_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes
+        ]
 
     @property
     def bytes(self) -> int:
@@ -36,4 +31,4 @@ class KvPages:
 
 def page_bytes(shapes: Sequence[PageShape], page_tokens: int, element_bytes: int) -> int:
     """Bytes of one page over all layers."""
-    return sum(2 * s.kv_heads * s.head_dim for s in shapes) * page_tokens * element_bytes
+    return sum(shape.elements for shape in shapes) * page_tokens * element_bytes

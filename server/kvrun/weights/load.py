@@ -98,7 +98,7 @@ class Loader:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
         for table in plan.all_tables():
             yield self.stored(table), table.shape
-        for linear in plan.linears:
+        for linear in plan.all_linears():
             for cut in linear.cuts:
                 whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
                 for suffix, axis in axes.items():

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvrun.spec import Model
-from kvrun.weights.plan import branches, join
+from kvrun.weights.plan import first_norm, join
 
 OUTER = ("model.", "transformer.", "language_model.", "language_model.model.", "model.language_model.")
 
@@ -28,7 +28,8 @@ def probe(model: Model, names: Collection[str]) -> Naming:
     embed, layers = model.decoder.embed, model.decoder.layers
     base = embed.name[: embed.name.rfind(".") + 1]
     known = [f"{embed.name}.weight"]
-    known += [f"{join(layers[0].at, norm.name)}.weight" for norm, _ in branches(layers[0])] if layers else []
+    norm = first_norm(layers[0]) if layers else None
+    known += [f"{join(layers[0].at, norm.name)}.weight"] if norm is not None else []
     inner = [base[i + 1 :] for i, character in enumerate(base) if character == "."]  # "model.decoder." -> "decoder.", ""
     for stored in (base, *inner, *(outer + rest for outer in OUTER for rest in (base, *inner))):
         naming = Naming(base, stored)

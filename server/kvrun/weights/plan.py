@@ -6,13 +6,14 @@ Formats, biases and adapters are all cut by these plans. Pure: reads no file, im
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Literal
 
-from kvrun.spec import Attention, GatedMlp, Head, Layer, LayerNorm, Mixer, Mlp, Model, Norm, Packed, Parallel, RmsNorm, Step, Stored
-from kvrun.weights.split import HeadShare, Runs, Span, Split, merge, size
+from kvrun.spec import Embed, Fused, Head, Layer, Mixer, Model, Norm, Packed, Parallel, RmsNorm, Step, Stored
+from kvrun.state.shapes import PageShape
+from kvrun.weights.split import Runs, Span, Split, merge, size
 
 Role = Literal["column", "row", "whole"]
 
@@ -65,11 +66,32 @@ class TablePlan:
 
 
 @dataclass(frozen=True)
+class MixerPlan:
+    """What one mixer holds on this rank, by the names its module knows it by, and what it remembers of a sequence."""
+
+    linears: Mapping[str, LinearPlan] = field(default_factory=dict)
+    tables: Mapping[str, TablePlan] = field(default_factory=dict)
+    pages: PageShape | None = None
+
+
+@dataclass(frozen=True)
+class EmbedPlan:
+    """This rank's rows of the embedding, and what every rank holds of what follows it."""
+
+    table: TablePlan
+    position: TablePlan | None
+    norm: Mapping[str, TablePlan]
+    project: LinearPlan | None
+
+
+@dataclass(frozen=True)
 class HeadPlan:
     """The output matrix: its rows over the vocabulary, or the embedding's when tied and absent."""
 
     weight: TablePlan
     bias: TablePlan | None
+    norm: Mapping[str, TablePlan]
+    project: LinearPlan | None
 
 
 @dataclass
@@ -77,48 +99,104 @@ class ModelPlan:
     """Every tensor a rank needs, by the spec part that asked for it."""
 
     split: Split
-    embed: TablePlan
+    embed: EmbedPlan
     head: HeadPlan
-    tables: list[TablePlan] = field(default_factory=list)  # norms and learned positions, whole on every rank
-    linears: list[LinearPlan] = field(default_factory=list)
+    tables: list[TablePlan] = field(default_factory=list)  # of the layers
+    linears: list[LinearPlan] = field(default_factory=list)  # of the layers
+    pages: list[PageShape] = field(default_factory=list)  # one per layer that keeps keys and values
 
     @property
     def elements(self) -> int:
         """Numbers this rank holds, a tied vocabulary counted once."""
-        matrices = sum(linear.out_features * (linear.in_features + linear.bias_here) for linear in self.linears)
-        tied = self.head.weight.instead == self.embed.tensor
-        return matrices + sum(table.elements for table in self.all_tables()) - self.embed.elements * tied
+        matrices = sum(linear.out_features * (linear.in_features + linear.bias_here) for linear in self.all_linears())
+        tied = self.head.weight.instead == self.embed.table.tensor
+        return matrices + sum(table.elements for table in self.all_tables()) - self.embed.table.elements * tied
 
     def all_tables(self) -> Iterator[TablePlan]:
         """Tables of every kind."""
-        yield from (self.embed, self.head.weight, *([self.head.bias] if self.head.bias else []), *self.tables)
+        ends = (self.embed.table, self.embed.position, *self.embed.norm.values())
+        ends += (self.head.weight, self.head.bias, *self.head.norm.values())
+        yield from (table for table in ends if table is not None)
+        yield from self.tables
+
+    def all_linears(self) -> Iterator[LinearPlan]:
+        """Linears of every kind."""
+        yield from (linear for linear in (self.embed.project, self.head.project) if linear is not None)
+        yield from self.linears
 
 
 def plan_model(model: Model, split: Split) -> ModelPlan:
     """Plan a rank's share of a model."""
-    embed, head, hidden = model.decoder.embed, model.decoder.head, model.decoder.embed.hidden
-    plan = ModelPlan(split, plan_embed(model, split), plan_head(head, model, split))
-    if embed.position is not None:
-        plan.tables.append(whole(f"{embed.position.name}.weight", (embed.position.rows, hidden)))
-    plan.tables += plan_norm(head.norm, "", hidden).values()
+    embed, head = model.decoder.embed, model.decoder.head
+    plan = ModelPlan(split, plan_embed(embed, head, split), plan_head(head, embed, split))
     for layer in model.decoder.layers:
-        for norm, mixers in branches(layer):
-            plan.tables += plan_norm(norm, layer.at, hidden).values()
-            for mixer in mixers:
-                plan.linears += plan_mixer(mixer, layer.at, hidden, split).values()
+        for step in layer.steps:
+            for norm in norms(step):
+                plan.tables += plan_norm(norm, layer.at, embed.hidden).values()
+            for mixer in mixers(step):
+                part = plan_mixer(mixer, layer.at, embed.hidden, split)
+                plan.linears += part.linears.values()
+                plan.tables += part.tables.values()
+                plan.pages += [part.pages] if part.pages else []
     return plan
 
 
-def branches(layer: Layer) -> Iterator[tuple[Norm, tuple[Mixer, ...]]]:
-    """Each norm of a layer with the mixers that read it, in order."""
-    for step in layer.steps:
-        yield from step_branches(step)
+@singledispatch
+def plan_mixer(mixer: Mixer, at: str, hidden: int, split: Split) -> MixerPlan:
+    """This rank's share of a mixer whose names are relative to `at`. Every kind registers its own in `parts/`."""
+    raise TypeError(f"no plan for a {type(mixer).__name__}")
 
 
-def step_branches(step: Step) -> list[tuple[Norm, tuple[Mixer, ...]]]:
-    """Each norm of a step with the mixers that read it."""
-    residuals = step.residuals if isinstance(step, Parallel) else (step,)
-    return [(residual.norm, residual.mixers) for residual in residuals]
+def norms(step: Step) -> list[Norm]:
+    """The norms of a step, in the order in which they are used."""
+    if isinstance(step, Parallel):
+        return [norm for residual in step.residuals for norm in norms(residual)]
+    after = None if not hasattr(step, "after") else step.after
+    return [norm for norm in (step.norm, after) if norm is not None]
+
+
+def mixers(step: Step) -> list[Mixer]:
+    """The mixers of a step, in order."""
+    if isinstance(step, Parallel):
+        return [mixer for residual in step.residuals for mixer in residual.mixers]
+    return list(step.mixers)
+
+
+def first_norm(layer: Layer) -> Norm | None:
+    """The first norm of a layer, if it has one."""
+    return next((norm for step in layer.steps for norm in norms(step)), None)
+
+
+def plan_embed(embed: Embed, head: Head, split: Split) -> EmbedPlan:
+    """The table's rows split over the ranks, everything after it whole on each."""
+    width = embed.width or embed.hidden
+    other = f"{head.name}.weight" if head.tied else None
+    table = TablePlan(f"{embed.name}.weight", (embed.vocabulary, width), (split.span(embed.vocabulary),), other)
+    learned = embed.position
+    position = None if learned is None else whole(f"{learned.name}.weight", (learned.rows, embed.hidden))
+    norm = {} if embed.norm is None else plan_norm(embed.norm, "", embed.hidden)
+    return EmbedPlan(table, position, norm, None if embed.project is None else whole_linear(embed.project, "", embed.hidden, width))
+
+
+def plan_head(head: Head, embed: Embed, split: Split) -> HeadPlan:
+    """The matrix's rows split over the ranks, everything before it whole on each."""
+    rows, width = (split.span(embed.vocabulary),), embed.width or embed.hidden
+    other = f"{embed.name}.weight" if head.tied else None
+    weight = TablePlan(f"{head.name}.weight", (embed.vocabulary, width), rows, other)
+    bias = TablePlan(f"{head.name}.bias", (embed.vocabulary,), rows) if head.bias else None
+    norm = {} if head.norm is None else plan_norm(head.norm, "", embed.hidden)
+    return HeadPlan(weight, bias, norm, None if head.project is None else whole_linear(head.project, "", width, embed.hidden))
+
+
+def plan_norm(norm: Norm, at: str, width: int) -> dict[str, TablePlan]:
+    """The vectors of a norm, whole on every rank: "weight", "bias" or both."""
+    return {key: whole(f"{join(at, norm.name)}.{key}", (width,)) for key in vectors(norm)}
+
+
+def vectors(norm: Norm) -> list[str]:
+    """Which vectors a checkpoint stores for a norm."""
+    stored = {"weight": True, "bias": False} if isinstance(norm, RmsNorm) else {"weight": norm.weight, "bias": norm.bias}
+    return [key for key, there in stored.items() if there]
 
 
 def whole(tensor: str, shape: tuple[int, ...]) -> TablePlan:
@@ -126,78 +204,14 @@ def whole(tensor: str, shape: tuple[int, ...]) -> TablePlan:
     return TablePlan(tensor, shape, ((0, shape[0]),))
 
 
-def plan_embed(model: Model, split: Split) -> TablePlan:
-    """This rank's rows of the embedding."""
-    embed, head = model.decoder.embed, model.decoder.head
-    other = f"{head.name}.weight" if head.tied else None
-    return TablePlan(f"{embed.name}.weight", (embed.vocabulary, embed.hidden), (split.span(embed.vocabulary),), other)
+def whole_linear(stored: Fused, at: str, out: int, width: int) -> LinearPlan:
+    """A linear that every rank holds in full, from `width` inputs to `out` outputs."""
+    (name,) = stored.names
+    cut = Cut(join(at, name), ((0, out),), ((0, width),), out, width)
+    return LinearPlan("whole", (cut,), stored.bias, stored.bias, stored.transposed)
 
 
-def plan_head(head: Head, model: Model, split: Split) -> HeadPlan:
-    """This rank's rows of the output matrix."""
-    embed = model.decoder.embed
-    rows = (split.span(embed.vocabulary),)
-    other = f"{embed.name}.weight" if head.tied else None
-    weight = TablePlan(f"{head.name}.weight", (embed.vocabulary, embed.hidden), rows, other)
-    return HeadPlan(weight, TablePlan(f"{head.name}.bias", (embed.vocabulary,), rows) if head.bias else None)
-
-
-def plan_norm(norm: Norm, at: str, hidden: int) -> dict[str, TablePlan]:
-    """The vectors of a norm: "weight", "bias" or both."""
-    name = join(at, norm.name)
-    stored = {"weight": True, "bias": False} if isinstance(norm, RmsNorm) else _layer_norm_vectors(norm)
-    return {key: whole(f"{name}.{key}", (hidden,)) for key, there in stored.items() if there}
-
-
-def _layer_norm_vectors(norm: LayerNorm) -> dict[str, bool]:
-    return {"weight": norm.weight, "bias": norm.bias}
-
-
-@singledispatch
-def plan_mixer(mixer: Mixer, at: str, hidden: int, split: Split) -> dict[str, LinearPlan]:
-    """The linears of a mixer by the name of the field that stores them."""
-    raise TypeError(f"no plan for a {type(mixer).__name__}")
-
-
-@plan_mixer.register
-def _(mixer: Attention, at: str, hidden: int, split: Split) -> dict[str, LinearPlan]:
-    share = split.heads(mixer.heads, mixer.kv_heads)
-    cols = _scaled(share.query, mixer.head_dim)
-    width = mixer.heads * mixer.head_dim
-    return {"qkv": _qkv(mixer, share, at, hidden), "out": _row(mixer.out, at, (cols,), hidden, width, split)}
-
-
-@plan_mixer.register
-def _(mixer: GatedMlp, at: str, hidden: int, split: Split) -> dict[str, LinearPlan]:
-    span, width = split.span(mixer.width), mixer.width
-    gate_up = _column(mixer.gate_up, at, ((span,), (span,)), (width, width), hidden)
-    return {"gate_up": gate_up, "down": _row(mixer.down, at, (span,), hidden, width, split)}
-
-
-@plan_mixer.register
-def _(mixer: Mlp, at: str, hidden: int, split: Split) -> dict[str, LinearPlan]:
-    span, width = split.span(mixer.width), mixer.width
-    up = _column(mixer.up, at, ((span,),), (width,), hidden)
-    return {"up": up, "down": _row(mixer.down, at, (span,), hidden, width, split)}
-
-
-def _qkv(mixer: Attention, share: HeadShare, at: str, hidden: int) -> LinearPlan:
-    dim, group = mixer.head_dim, mixer.heads // mixer.kv_heads
-    if isinstance(mixer.qkv, Packed) and mixer.qkv.order == "per_group":
-        # Group k lies at k * (group + 2) heads: its query heads, its key, its value.
-        first = [(head // group) * (group + 2) + head % group for head in range(*share.query)]
-        key = [kv * (group + 2) + group for kv in range(*share.kv)]
-        rows = [head * dim for head in (*first, *key, *(k + 1 for k in key))]
-        runs = merge((row, row + dim) for row in rows)
-        total = (mixer.heads + 2 * mixer.kv_heads) * dim
-        cut = Cut(join(at, mixer.qkv.name), runs, ((0, hidden),), total, hidden)
-        return LinearPlan("column", (cut,), mixer.qkv.bias, mixer.qkv.bias, mixer.qkv.transposed)
-    kv = _scaled(share.kv, dim)
-    widths = (mixer.heads * dim, mixer.kv_heads * dim, mixer.kv_heads * dim)
-    return _column(mixer.qkv, at, ((_scaled(share.query, dim),), (kv,), (kv,)), widths, hidden)
-
-
-def _column(stored: Stored, at: str, parts: tuple[Runs, ...], widths: tuple[int, ...], hidden: int) -> LinearPlan:
+def column(stored: Stored, at: str, parts: tuple[Runs, ...], widths: tuple[int, ...], hidden: int) -> LinearPlan:
     """Output rows split: `parts` are this rank's rows within each part, `widths` the parts' whole sizes."""
     cols = ((0, hidden),)
     if isinstance(stored, Packed):
@@ -210,14 +224,15 @@ def _column(stored: Stored, at: str, parts: tuple[Runs, ...], widths: tuple[int,
     return LinearPlan("column", cuts, stored.bias, stored.bias, stored.transposed)
 
 
-def _row(stored: Stored, at: str, cols: Runs, out: int, width: int, split: Split) -> LinearPlan:
+def row(stored: Stored, at: str, cols: Runs, out: int, width: int, split: Split) -> LinearPlan:
     """Input columns split: each rank makes a partial sum, and the whole bias counts on rank 0 only."""
     (name,) = (stored.name,) if isinstance(stored, Packed) else stored.names
     cut = Cut(join(at, name), ((0, out),), cols, out, width)
     return LinearPlan("row", (cut,), stored.bias, stored.bias and split.rank == 0, stored.transposed)
 
 
-def _scaled(span: Span, by: int) -> Span:
+def scaled(span: Span, by: int) -> Span:
+    """A span of units as a span of the `by` numbers in each."""
     return span[0] * by, span[1] * by
 
 

@@ -1,0 +1,93 @@
+"""Normalisations of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvrun.dist import Group
+from kvrun.nn.norms import Norm, norm_of
+from kvrun.nn.parts import Parts
+from kvrun.spec import Attention, HeadNorm, ProjectionNorm, QueryKeyNorm
+from kvrun.spec import norms as spec
+from kvrun.weights.split import HeadShare
+
+# q [T, heads, dim], k [T, kv_heads, dim] -> the same, new tensors
+HeadsNorm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """Each head by itself, all with one vector, or scaled afterwards by a vector of its own."""
+
+    query: Norm
+    key: Norm
+    query_scale: Tensor | None = None  # [heads, dim]
+    key_scale: Tensor | None = None  # [kv_heads, dim]
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """See HeadsNorm."""
+        return _each(q, self.query, self.query_scale), _each(k, self.key, self.key_scale)
+
+
+def _each(x: Tensor, norm: Norm, scale: Tensor | None) -> Tensor:
+    y = norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+    return y if scale is None else y * scale
+
+
+@dataclass(frozen=True)
+class Projection:
+    """All heads of a token as one vector, whose squares are summed over the ranks that share them."""
+
+    query: Tensor  # [heads, dim] of this rank
+    key: Tensor  # [kv_heads, dim] of this rank
+    query_width: int  # of all ranks
+    key_width: int  # of all ranks
+    counts_keys: bool  # whether this rank's keys are its own, or copies that another rank counts
+    query_eps: float
+    key_eps: float
+    group: Group
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """See HeadsNorm."""
+        wide_q, wide_k = q.float(), k.float()
+        squares = torch.stack([wide_q.square().sum((1, 2)), wide_k.square().sum((1, 2)) * self.counts_keys], dim=1)
+        squares = self.group.all_reduce(squares)
+        q_scale = torch.rsqrt(squares[:, 0] / self.query_width + self.query_eps)
+        k_scale = torch.rsqrt(squares[:, 1] / self.key_width + self.key_eps)
+        return (wide_q * q_scale[:, None, None] * self.query).to(q.dtype), (wide_k * k_scale[:, None, None] * self.key).to(k.dtype)
+
+
+def heads_norm(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, parts: Parts) -> HeadsNorm:
+    """The normalisation of an attention's queries and keys on this rank."""
+    sides = _vectors(parts.tables, "query"), _vectors(parts.tables, "key")
+    if isinstance(norm, HeadNorm):
+        return PerHead(norm_of(norm.query, sides[0]), norm_of(norm.key, sides[1]))
+    if isinstance(norm, ProjectionNorm):
+        dim, group = mixer.head_dim, mixer.heads // mixer.kv_heads
+        return Projection(
+            sides[0]["weight"].float().view(-1, dim) + norm.query.offset,
+            sides[1]["weight"].float().view(-1, dim) + norm.key.offset,
+            mixer.heads * dim,
+            mixer.kv_heads * dim,
+            share.query[0] == share.kv[0] * group,
+            norm.query.eps,
+            norm.key.eps,
+            parts.shared.group,
+        )
+    bare = (norm_of(_bare(side), {}) for side in (norm.query, norm.key))
+    return PerHead(*bare, sides[0]["weight"], sides[1]["weight"])
+
+
+def _bare(norm: spec.Norm) -> spec.Norm:
+    """The same norm without vectors of its own."""
+    if not isinstance(norm, spec.LayerNorm) or norm.bias:
+        raise TypeError("a vector per head is known for layer norms without bias only")
+    return spec.LayerNorm(norm.name, norm.eps, weight=False, bias=False)
+
+
+def _vectors(tables: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+    return {name.split(".")[1]: table for name, table in tables.items() if name.startswith(f"{side}.")}

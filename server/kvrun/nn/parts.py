@@ -1,0 +1,77 @@
+"""What a kind of mixer is given to become a module of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from kvrun.dist import Group
+from kvrun.errors import Unsupported
+from kvrun.nn.linear import Linear
+from kvrun.nn.positions import RotaryTable
+from kvrun.nn.step import Mixer
+from kvrun.spec import Rope
+from kvrun.spec import mixers as spec
+from kvrun.state.shapes import PageShape
+from kvrun.weights.split import Split
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+
+@dataclass
+class Shared:
+    """What the mixers of one model have in common while it is built."""
+
+    split: Split
+    group: Group
+    dtype: torch.dtype
+    rotaries: dict[Rope, RotaryTable] = field(default_factory=dict)
+    pages: list[PageShape] = field(default_factory=list)  # one per layer that keeps keys and values
+
+    def rotary(self, rope: Rope) -> RotaryTable:
+        """The table of a rotary embedding; layers that rotate alike share it."""
+        if rope not in self.rotaries:
+            self.rotaries[rope] = RotaryTable(rope)
+        return self.rotaries[rope]
+
+    def page_layer(self, shape: PageShape) -> int:
+        """A layer of the page pool for one more mixer that keeps keys and values."""
+        self.pages.append(shape)
+        return len(self.pages) - 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank's share of one mixer, by the names of its plan."""
+
+    linears: Mapping[str, Linear]
+    tables: Mapping[str, Tensor]
+    pages: PageShape | None
+    shared: Shared
+
+
+@singledispatch
+def build_mixer(mixer: spec.Mixer, parts: Parts) -> Mixer:
+    """The module of a described mixer. Every kind registers its own in `mixers/`."""
+    raise TypeError(f"no module for a {type(mixer).__name__}")
+
+
+def activation(name: str) -> str:
+    """The kernels' name of an activation that configs know by several names. Raises Unsupported."""
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"activation {name} is not served; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

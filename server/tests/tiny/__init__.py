@@ -1,0 +1,88 @@
+"""Tiny random checkpoints with tokenizers, one row per shape of architecture, made offline by transformers.
+
+A family's rows lie in a file of its own beside this one. Small default weights make a tied model repeat one token for
+ever, so a greedy test would see nothing: `randomise` draws weights large enough that answers vary.
+"""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import torch
+
+from tiny.row import VOCABULARY as VOCABULARY
+from tiny.row import Row
+
+SPECIALS = ("<pad>", "<s>", "</s>")
+ROWS: dict[str, Row] = {
+    name: row for family in iter_modules(__path__) for name, row in getattr(import_module(f"tiny.{family.name}"), "ROWS", {}).items()
+}
+_written: dict[Path, Row] = {}
+
+
+def write_checkpoint(row: str, folder: Path, edit: Callable[[dict], dict] = lambda config: config, **save: object) -> Path:
+    """Write the row's weights, config and tokenizer into a folder; `edit` rewrites the saved config, `save` goes to save_pretrained.
+
+    Where a published checkpoint is laid out otherwise than transformers saves it, transformers' own lies in `oracle/` there.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    asked, folder = ROWS[row], Path(folder)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(folder, **save)
+    if asked.published is not None:
+        model.save_pretrained(folder / "oracle")
+        config, tensors = asked.published(json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"))
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    write_tokenizer(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    _written[folder] = asked
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw embeddings from N(0, 0.02), matrices from N(0, 6 / sqrt(inputs)), and move every vector by N(0, 0.2)."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter += 0.2 * noise
+            else:
+                parameter.copy_(noise * (0.02 if id(parameter) in embeddings else 6 / parameter.shape[-1] ** 0.5))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: any text comes back exactly, and every id is below 259."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+
+
+def oracle(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """transformers' logits in float32 for each prompt alone, [tokens, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    row = _written.get(folder, Row("", {}))
+    own = folder / "oracle"
+    model = AutoModelForCausalLM.from_pretrained(
+        own if own.is_dir() else folder, attn_implementation=row.attention, dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        return [row.logits(model, torch.tensor([ids]))[0] for ids in prompts]

@@ -1,0 +1,31 @@
+"""What a row of the table of tiny checkpoints says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+VOCABULARY = 259  # the specials and 256 bytes
+COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+LLAMA = {**COMMON, **SHAPE, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tiny model: what transformers makes it of, and what is special about its files or its oracle."""
+
+    kind: str  # transformers' model type
+    config: dict
+    # From transformers' config and tensors to those of the published checkpoints, where the two differ.
+    published: Callable[[dict, Tensors], tuple[dict, Tensors]] | None = None
+    attention: str = "eager"  # the implementation that computes the truth
+    logits: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda model, ids: model(ids).logits
+    architecture: str | None = None  # of the published checkpoint; None = as transformers names it
+
+
+def rope(kind: str, theta: float = 1e4, **numbers: float) -> dict:
+    """Rope parameters as transformers takes them."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **numbers}}
