@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use kvrun_router::request::{AdapterState, Event, LoadError, Refusal};
+use kvrun_router::request::{AdapterState, Event, Failure, LoadError, Refusal};
 use support::{ask, collect, request, start, within};
 
 #[tokio::test]
@@ -79,6 +79,62 @@ async fn a_slow_load_stops_nobody_else() {
         bench.alone(&slow, Some("slow"))
     );
     load.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_load_that_the_shard_could_not_answer_is_tried_again_within_the_epoch() {
+    let mut bench = start(|_| {}).await;
+    bench.write_adapter("a", 64);
+    bench.shards[0].faults().refuse_loads(2);
+    let begun = Instant::now();
+    within(bench.engine.adapters().load(bench.spec("a")))
+        .await
+        .unwrap();
+    assert!(
+        begun.elapsed() > Duration::from_millis(500),
+        "it backs off: {:?}",
+        begun.elapsed()
+    );
+    let mut asked = request(1, 20, 20);
+    asked.adapter = bench.adapter("a");
+    assert_eq!(
+        ask(&bench.engine, asked.clone()).await.0,
+        bench.alone(&asked, Some("a"))
+    );
+    assert_eq!(bench.engine.status().epoch, 1);
+    bench.assert_all_returned().await;
+}
+
+#[tokio::test]
+async fn a_load_that_is_never_answered_fails_with_the_shards_words_and_strands_nobody() {
+    let mut bench = start(|setup| setup.adapters = vec!["kept"]).await;
+    bench.write_adapter("a", 64);
+    bench.shards[0].faults().refuse_loads(u32::MAX);
+    let (engine, spec) = (bench.engine.clone(), bench.spec("a"));
+    let load = tokio::spawn(async move { engine.adapters().load(spec).await });
+    let mut waits = request(1, 20, 20);
+    waits.adapter = loop {
+        if let Ok(id) = bench.engine.adapters().resolve("a") {
+            break Some(id);
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    };
+    let (_, end) = ask(&bench.engine, waits).await;
+    let support::End::Failed(Failure::Adapter(text)) = end else {
+        panic!("{end:?}");
+    };
+    assert!(text.contains("the shard is busy"), "{text}");
+    assert!(matches!(
+        within(load).await.unwrap(),
+        Err(LoadError::Unavailable(_))
+    ));
+    let mut other = request(2, 20, 20);
+    other.adapter = bench.adapter("kept");
+    ask(&bench.engine, other).await;
+    bench.shards[0].faults().refuse_loads(0);
+    let loaded = bench.engine.adapters().load(bench.spec("a")).await;
+    assert_eq!(loaded.unwrap().state, AdapterState::Ready);
+    bench.assert_all_returned().await;
 }
 
 #[tokio::test]

@@ -41,6 +41,7 @@ struct Inner {
     marks: HashMap<u32, Mark>,
     step_delay: Duration,
     load_delay: Duration,
+    refused_loads: u32,
 }
 
 impl Faults {
@@ -73,6 +74,11 @@ impl Faults {
         self.lock().load_delay = delay;
     }
 
+    /// The next `count` adapter loads are answered UNAVAILABLE, while the shard serves on.
+    pub fn refuse_loads(&self, count: u32) {
+        self.lock().refused_loads = count;
+    }
+
     /// Steps that arrived so far, over all epochs.
     pub fn steps_seen(&self) -> u64 {
         self.lock().steps_seen
@@ -87,6 +93,14 @@ impl Faults {
 
     pub(crate) fn loading(&self) -> Duration {
         self.lock().load_delay
+    }
+
+    /// Whether this load is refused.
+    pub(crate) fn refuses_load(&self) -> bool {
+        let mut inner = self.lock();
+        let left = inner.refused_loads.checked_sub(1);
+        inner.refused_loads = left.unwrap_or(0);
+        left.is_some()
     }
 
     pub(crate) fn mark_of(&self, tokens: &[u32]) -> Option<Mark> {

@@ -211,6 +211,9 @@ impl ModelShard for Shard {
         if delay > Duration::ZERO {
             tokio::time::sleep(delay).await;
         }
+        if self.faults.refuses_load() {
+            return Err(Status::unavailable("the shard is busy"));
+        }
         let adapter = adapter::read(Path::new(&asked.path))?;
         let mut state = self.state();
         if asked.epoch != state.epoch {

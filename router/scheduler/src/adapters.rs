@@ -38,6 +38,8 @@ pub enum LoadFault {
     Missing,
     /// Its bytes do not fit.
     NoRoom,
+    /// The shard gave no verdict; the load is tried again a few times.
+    Unanswered,
 }
 
 /// Where an adapter stands.
@@ -91,6 +93,10 @@ pub struct AdapterView {
     used_at: Time,
     resident_since: Time,
     deadly_loads: u32,
+    /// Loads in a row that the shard gave no verdict on.
+    unanswered: u32,
+    /// Not loaded again before this moment.
+    rests_until: Time,
 }
 
 /// All registered adapters.
@@ -124,6 +130,8 @@ impl Adapters {
             used_at: now,
             resident_since: now,
             deadly_loads: 0,
+            unanswered: 0,
+            rests_until: Time::ZERO,
         };
         self.all.insert(id, view);
         self.wanted.insert(id);
@@ -248,31 +256,8 @@ impl Adapters {
         view.bytes = bytes;
         view.resident_since = now;
         view.deadly_loads = 0;
+        view.unanswered = 0;
         Some((id, changed))
-    }
-
-    /// A load failed. Answers with the adapter when that is final; otherwise it is tried again with more room.
-    pub(crate) fn load_failed(
-        &mut self,
-        handle: u64,
-        fault: LoadFault,
-        reason: &str,
-    ) -> Option<AdapterId> {
-        let id = self.by_handle.remove(&handle)?;
-        let others = self.taken() - self.all.get(&id)?.bytes.min(self.taken());
-        let others_load = self.loading() > 1;
-        let capacity = self.capacity;
-        let view = self.all.get_mut(&id)?;
-        if fault == LoadFault::NoRoom && (others > 0 || others_load) {
-            // The estimate was too low: ask for a byte more than was free, which evicts one more idle adapter.
-            view.bytes = view.bytes.max(capacity.saturating_sub(others) + 1);
-            view.residency = Residency::Absent;
-            self.wanted.insert(id);
-            return None;
-        }
-        let reason = reason.to_owned();
-        view.residency = Residency::Failed { fault, reason };
-        Some(id)
     }
 
     /// An unload is done.

@@ -261,9 +261,9 @@ impl Scheduler {
         }
     }
 
-    /// A load failed; its waiting requests fail with it, unless more room may cure it.
+    /// A load failed; its waiting requests fail with it, unless it is tried again.
     pub fn adapter_load_failed(&mut self, now: Time, handle: u64, fault: LoadFault, reason: &str) {
-        if let Some(adapter) = self.adapters.load_failed(handle, fault, reason) {
+        if let Some(adapter) = self.adapters.load_failed(now, handle, fault, reason) {
             self.fail_adapter(now, adapter);
         }
     }

@@ -131,6 +131,7 @@ pub(super) fn outcome(view: Option<&AdapterView>) -> Option<Result<(), LoadError
             LoadFault::Unfit => LoadError::Invalid(reason.clone()),
             LoadFault::Missing => LoadError::NotFound(reason.clone()),
             LoadFault::NoRoom => LoadError::NoRoom(reason.clone()),
+            LoadFault::Unanswered => LoadError::Unavailable(reason.clone()),
         })),
         _ => None,
     }

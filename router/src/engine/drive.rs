@@ -299,8 +299,10 @@ impl Driver {
                 let fault = match status.code() {
                     Code::NotFound => LoadFault::Missing,
                     Code::ResourceExhausted => LoadFault::NoRoom,
-                    // The connection broke, which ends the epoch; the adapter is loaded again in the next one.
-                    Code::Unavailable | Code::Aborted | Code::Cancelled => return,
+                    // Says nothing about the adapter. Where the connection broke, the epoch ends as well.
+                    Code::Unavailable | Code::Aborted | Code::Cancelled | Code::Unknown => {
+                        LoadFault::Unanswered
+                    }
                     _ => LoadFault::Unfit,
                 };
                 tracing::warn!(

@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 const LOADS_AT_ONCE: usize = 4;
 /// A request waits this long before an adapter in use has to make room for its own.
 const ROTATION: Time = Time::from_secs(2);
+/// Loads in a row without a verdict of the shard after which an adapter is given up.
+const UNANSWERED_LOADS: u32 = 5;
+/// Between a load without a verdict and the next; doubles each time.
+const PAUSE: Time = Time::from_millis(250);
 
 impl Adapters {
     /// Whether `plan` could have anything to order.
@@ -39,6 +43,9 @@ impl Adapters {
                 self.wanted.remove(&id);
                 continue;
             };
+            if now < view.rests_until {
+                continue;
+            }
             let (need, proven, users) = (view.bytes, view.digest.is_some(), view.users);
             if self.taken().saturating_add(need) <= self.capacity {
                 self.load(id, orders);
@@ -91,7 +98,46 @@ impl Adapters {
         }
     }
 
-    pub(super) fn loading(&self) -> usize {
+    /// A load failed. Answers with the adapter when that is final; otherwise it is tried again: with more room when
+    /// the estimate was too low, after a pause when the shard gave no verdict.
+    pub(crate) fn load_failed(
+        &mut self,
+        now: Time,
+        handle: u64,
+        fault: LoadFault,
+        reason: &str,
+    ) -> Option<AdapterId> {
+        let id = self.by_handle.remove(&handle)?;
+        let others = self.taken() - self.all.get(&id)?.bytes.min(self.taken());
+        let others_load = self.loading() > 1;
+        let capacity = self.capacity;
+        let view = self.all.get_mut(&id)?;
+        let again = match fault {
+            LoadFault::NoRoom if others > 0 || others_load => {
+                // Ask for a byte more than was free, which evicts one more idle adapter.
+                view.bytes = view.bytes.max(capacity.saturating_sub(others) + 1);
+                true
+            }
+            LoadFault::Unanswered => {
+                view.rests_until = now.saturating_add(PAUSE * (1 << view.unanswered));
+                view.unanswered += 1;
+                view.unanswered < UNANSWERED_LOADS
+            }
+            _ => false,
+        };
+        if again {
+            view.residency = Residency::Absent;
+            self.wanted.insert(id);
+            return None;
+        }
+        view.unanswered = 0;
+        view.rests_until = Time::ZERO;
+        let reason = reason.to_owned();
+        view.residency = Residency::Failed { fault, reason };
+        Some(id)
+    }
+
+    fn loading(&self) -> usize {
         let loading = |view: &&AdapterView| matches!(view.residency, Residency::Loading { .. });
         self.all.values().filter(loading).count()
     }

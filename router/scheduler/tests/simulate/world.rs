@@ -78,6 +78,8 @@ pub struct World {
     calls: Vec<Call>,
     prompts: Vec<Vec<u32>>,
     shrunk: bool,
+    /// Whether calls about adapters may still go unanswered.
+    troubled: bool,
     seen: Seen,
 }
 
@@ -132,6 +134,7 @@ impl World {
             calls: Vec::new(),
             prompts,
             shrunk: false,
+            troubled: true,
             seen: Seen::default(),
         }
     }
@@ -410,7 +413,15 @@ impl World {
                     .folders
                     .get_mut(&id)
                     .ok_or("an unknown adapter is loaded")?;
-                if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes {
+                if self.troubled && self.rng.random_bool(0.1) {
+                    self.seen.unanswered_loads += 1;
+                    self.scheduler.adapter_load_failed(
+                        self.now,
+                        handle,
+                        LoadFault::Unanswered,
+                        "the shard is busy",
+                    );
+                } else if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes {
                     let fault = if folder.broken {
                         LoadFault::Unfit
                     } else {

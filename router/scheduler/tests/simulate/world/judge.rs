@@ -175,6 +175,7 @@ impl World {
     /// No more faults: everything open must end and everything must be given back.
     pub(super) fn calm(&mut self) -> Result<(), String> {
         self.told.then(|| println!("-- calm"));
+        self.troubled = false;
         self.folders
             .values_mut()
             .for_each(|folder| folder.left = true);

@@ -17,6 +17,7 @@ pub struct Seen {
     pub(super) adapter_failures: u64,
     pub(super) evictions: u64,
     pub(super) refusals: u64,
+    pub(super) unanswered_loads: u64,
 }
 
 impl Seen {
@@ -31,7 +32,7 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 14] {
+    fn all(&mut self) -> [&mut u64; 15] {
         [
             &mut self.steps,
             &mut self.finished,
@@ -47,10 +48,11 @@ impl Seen {
             &mut self.adapter_failures,
             &mut self.evictions,
             &mut self.refusals,
+            &mut self.unanswered_loads,
         ]
     }
 
-    fn values(&self) -> [u64; 14] {
+    fn values(&self) -> [u64; 15] {
         [
             self.steps,
             self.finished,
@@ -66,6 +68,7 @@ impl Seen {
             self.adapter_failures,
             self.evictions,
             self.refusals,
+            self.unanswered_loads,
         ]
     }
 }
