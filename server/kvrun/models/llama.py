@@ -1,8 +1,24 @@
 """Llama 2 and 3, and the many that share their shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvrun.spec import Attention, Config, Decoder, Embed, GatedMlp, Head, Model, Residual, RmsNorm, architecture, fuse, linear, stack
+from kvrun.spec import (
+    Attention,
+    Config,
+    Decoder,
+    Embed,
+    GatedMlp,
+    Head,
+    Mixer,
+    Model,
+    Residual,
+    RmsNorm,
+    Step,
+    architecture,
+    fuse,
+    linear,
+    stack,
+)
 
 
 @architecture("LlamaForCausalLM")
@@ -25,28 +41,37 @@ def attention(c: Config, *, qkv_bias: bool = False, out_bias: bool = False, wind
     )
 
 
-def decoder(c: Config, attend: Callable[[int], Attention]) -> Model:
-    """A pre-norm stack of attention and gated feed-forward; `attend` says the attention of layer i."""
+def feed_forward(c: Config) -> GatedMlp:
+    """The gated feed-forward part."""
     bias = c.get("mlp_bias", False)
-    mlp = GatedMlp(
+    return GatedMlp(
         c.intermediate_size,
         act=c.hidden_act,
         gate_up=fuse("mlp.gate_proj", "mlp.up_proj", bias=bias),
         down=linear("mlp.down_proj", bias=bias),
     )
-    layers = stack(
-        c.num_hidden_layers,
-        "model.layers.{i}",
-        lambda i: [
+
+
+def decoder(c: Config, attend: Callable[[int], Attention], feed: Callable[[int], Mixer] | None = None) -> Model:
+    """A pre-norm stack; `attend` says the attention of layer i, and `feed` its feed-forward part where that is not Llama's."""
+
+    def layer(i: int) -> Sequence[Step]:
+        return [
             Residual(RmsNorm("input_layernorm", c.rms_norm_eps), attend(i)),
-            Residual(RmsNorm("post_attention_layernorm", c.rms_norm_eps), mlp),
-        ],
-    )
+            Residual(RmsNorm("post_attention_layernorm", c.rms_norm_eps), feed_forward(c) if feed is None else feed(i)),
+        ]
+
+    return language_model(c, layer)
+
+
+def language_model(c: Config, layer: Callable[[int], Sequence[Step]], head: Head | None = None, *, embedding_scale: float = 1.0) -> Model:
+    """Layers under Llama's names, with an RMS norm before a head that is tied if the config says so, or with a head of their own."""
+    plain = Head(RmsNorm("model.norm", c.rms_norm_eps), "lm_head", tied=c.get("tie_word_embeddings", False)) if head is None else head
     return Model(
         Decoder(
-            embed=Embed("model.embed_tokens", c.vocab_size, c.hidden_size),
-            layers=layers,
-            head=Head(RmsNorm("model.norm", c.rms_norm_eps), "lm_head", tied=c.get("tie_word_embeddings", False)),
+            embed=Embed("model.embed_tokens", c.vocab_size, c.hidden_size, scale=embedding_scale),
+            layers=stack(c.num_hidden_layers, "model.layers.{i}", layer),
+            head=plain,
         ),
         positions=c.max_position_embeddings,
         leftovers=(r"\.rotary_emb\.inv_freq$",),

@@ -57,6 +57,11 @@ class Config:
                 return self.fields[name]
         return default
 
+    def otherwise(self, **fields: Scalar) -> Config:
+        """The same config, with these for the fields that it leaves out; files often say only what differs from their class."""
+        absent = {key: value for key, value in fields.items() if not self.fields.keys() & {key, *ALIASES.get(key, ())}}
+        return Config({**self.fields, **absent}, self.where, self.generation)
+
     def __getattr__(self, key: str) -> Scalar:
         if key.startswith("__"):  # copying and pickling ask for these; they are not fields
             raise AttributeError(key)
@@ -66,6 +71,16 @@ class Config:
             found = ", ".join(sorted(self.fields)[:40]) or "no fields"
             raise ConfigError(f"{self.where}: the field {names} is missing; found {found}")
         return value
+
+    def only(self, key: str, *served: Scalar) -> None:
+        """Refuse a field that is stated and holds anything else than these values. Raises Unsupported."""
+        value = self.get(key)
+        if value is not None and value not in served:
+            raise Unsupported(f"{self.where}: {key} {value!r} is not served; known are {', '.join(map(repr, served))}")
+
+    def within(self, key: str) -> Config:
+        """The fields of a mapping in this config, as a config of its own; empty when there is none."""
+        return Config(self.get(key) or {}, f"{self.where}: {key}", self.generation)
 
     @property
     def architecture(self) -> str:
@@ -88,10 +103,27 @@ class Config:
         """Width of one attention head, stated or derived."""
         return self.get("head_dim") or self.hidden_size // self.num_attention_heads
 
-    def rope(self, head_dim: int, style: Literal["half", "interleaved"] = "half") -> Rope:
-        """The rotary embedding of heads of this width, from either spelling of its parameters."""
-        stated: dict[str, Any] = {**(self.get("rope_scaling") or {}), **(self.get("rope_parameters") or {})}
+    def slides(self, layer: int, every: int) -> bool:
+        """Whether a layer sees its window only: as `layer_types` says, or all but each `every`-th, unless the file counts otherwise."""
+        types = self.get("layer_types")
+        if types is not None:
+            return bool(types[layer] == "sliding_attention")
+        pattern = self.get("sliding_window_pattern", every)  # a number, or a letter for each layer: "LLLG"
+        if isinstance(pattern, str):
+            return pattern[layer % len(pattern)] == "L"
+        return pattern > 0 and (layer + 1) % pattern != 0
+
+    def rope(self, head_dim: int, style: Literal["half", "interleaved"] = "half", *, layers: str | None = None) -> Rope:
+        """The rotary embedding of heads of this width, from either spelling of its parameters.
+
+        `layers` names the type of layer asked for in a family whose types rotate differently. Older files stretch only the
+        layers that see everything, and state a base of its own for those that do not.
+        """
+        parameters = self.get("rope_parameters") or {}
+        stated: dict[str, Any] = {**(self.get("rope_scaling") or {}), **(parameters.get(layers) or parameters)}
         theta = stated.get("rope_theta") or self.get("rope_theta", 10_000.0)
+        if layers == "sliding_attention" and layers not in parameters:
+            stated, theta = {}, self.get("rope_local_base_freq", theta)
         partial = stated.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
         return Rope(int(head_dim * partial), float(theta), self._scaling(stated), style)
 
