@@ -171,6 +171,28 @@ def test_the_first_falcon_files_describe_the_same_model():
     assert small.mixers[0].kv_heads == 1
 
 
+MPT = {
+    "architectures": ["MPTForCausalLM"],
+    "d_model": 64,
+    "n_layers": 1,
+    "n_heads": 4,
+    "max_seq_len": 8,
+    "vocab_size": 259,
+    "no_bias": True,
+}
+
+
+def test_the_first_mpt_files_describe_the_same_model_and_other_attention_is_refused():
+    alibi = {"alibi": True, "alibi_bias_max": 8, "qk_ln": False, "clip_qkv": None}
+    assert model_of(Config({**MPT, "attn_config": alibi})) == model_of(
+        Config({**MPT, "architectures": ["MptForCausalLM"], "attn_config": {"alibi": True}})
+    )
+    with pytest.raises(Unsupported, match="attn_config: qk_ln True is not served; known are False"):
+        model_of(Config({**MPT, "attn_config": {**alibi, "qk_ln": True}}))
+    with pytest.raises(Unsupported, match="logit_scale"):
+        model_of(Config({**MPT, "attn_config": alibi, "logit_scale": "inv_sqrt_d_model"}))
+
+
 def test_gpt2_reads_its_width_or_takes_four_times_the_hidden_size():
     fields = {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 8, "vocab_size": 259}
     fields["layer_norm_epsilon"] = 1e-5

@@ -1,13 +1,13 @@
 """Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks."""
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import kvrun_kernels
 import pytest
 import torch
 from kvrun import models
-from kvrun.spec import Layer, Model, Parallel, Residual
+from kvrun.spec import Alibi, Head, Layer, Model, Parallel, PostNorm, Residual
 from ragged import Runner, ranks
 from tiny import ROWS, VOCABULARY, oracle
 
@@ -70,7 +70,7 @@ def answer_as_transformers_would(runner, folder, asked, count):
     """`count` greedy tokens after each prompt, each of them transformers' own choice after all before it."""
     runner.load(folder)
     answers = runner.greedy(asked, count)
-    assert len({token for answer in answers for token in answer}) > 20, "the answers are too monotonous to prove anything"
+    assert len({token for answer in answers for token in answer}) > count // 4, "the answers are too monotonous to prove anything"
     # A greedy answer is one whose every token is the likeliest after all before it, which one pass over it shows.
     for prompt, answer, logits in zip(asked, answers, oracle(folder, [p + a for p, a in zip(asked, answers)])):
         scores = logits[len(prompt) - 1 : -1]
@@ -146,6 +146,8 @@ def mutated(model: Model, mixer=lambda m: m, norm=lambda n: n) -> Model:
         return Residual(r.norm and norm(r.norm), *map(mixer, r.mixers), after=r.after and norm(r.after), scale=r.scale)
 
     def step(s):
+        if isinstance(s, PostNorm):
+            return PostNorm(norm(s.norm), *map(mixer, s.mixers))
         return Parallel(*map(residual, s.residuals)) if isinstance(s, Parallel) else residual(s)
 
     layers = tuple(Layer(layer.at, tuple(map(step, layer.steps))) for layer in model.decoder.layers)
@@ -186,7 +188,38 @@ def shifted_positions(model: Model) -> Model:
     return replace(model, decoder=replace(model.decoder, embed=replace(model.decoder.embed, position=replace(learned, offset=1))))
 
 
+def ends(embed=lambda e: e, head=lambda h: h):
+    """The model with its embedding and its head changed."""
+
+    def change(model: Model) -> Model:
+        return replace(model, decoder=replace(model.decoder, embed=embed(model.decoder.embed), head=head(model.decoder.head)))
+
+    return change
+
+
+def residuals_for_post_norms(model: Model) -> Model:
+    layers = tuple(Layer(layer.at, tuple(Residual(s.norm, *s.mixers) for s in layer.steps)) for layer in model.decoder.layers)
+    return replace(model, decoder=replace(model.decoder, layers=layers))
+
+
+def plain(head):
+    return Head(**{field.name: getattr(head, field.name) for field in fields(head)})
+
+
 MUTATIONS = {
+    "norms before in place of after": ("opt_350m", residuals_for_post_norms),
+    "positions from row 1": ("opt", ends(lambda e: replace(e, position=replace(e.position, offset=1)))),
+    "no norm on the embedding": ("bloom", ends(lambda e: replace(e, norm=None))),
+    "slopes a little flatter": ("bloom_5_heads", lambda m: mutated(m, change_attention(position=Alibi(0.98)))),
+    "no slopes": ("baichuan_13b", lambda m: mutated(m, change_attention(position=None))),
+    "rows of the head as long as they are": ("baichuan2_13b", ends(head=plain)),
+    "nothing clipped": ("mpt_clipped", lambda m: mutated(m, change_attention(clip=None))),
+    "one norm for both branches": (
+        "gpt_neox",
+        lambda m: mutated(m, norm=lambda n: replace(n, name="input_layernorm")),
+    ),
+    "the whole head rotated": ("gpt_neox", lambda m: mutated(m, rope(dim=16))),
+    "halves rotated in place of neighbours": ("gptj", lambda m: mutated(m, rope(style="half"))),
     "pairs rotated the other way": ("llama", lambda m: mutated(m, rope(style="interleaved"))),
     "another base": ("llama", lambda m: mutated(m, rope(theta=10_001.0))),
     "no scaling": ("llama_tied", lambda m: mutated(m, rope(scaling=None))),
@@ -211,7 +244,8 @@ MUTATIONS = {
 def test_the_comparison_sees(mutation, checkpoint, expected, monkeypatch):
     row, change = MUTATIONS[mutation]
     honest = models.read
-    monkeypatch.setattr(models, "read", lambda folder: (honest(folder)[0], change(honest(folder)[1])))
+    # What a mutation no longer reads would be seen by the loader, which is not what is asked here.
+    monkeypatch.setattr(models, "read", lambda folder: (honest(folder)[0], replace(change(honest(folder)[1]), leftovers=("",))))
     runner = Runner()
     runner.load(checkpoint(row))
     assert distance(runner.step(list(enumerate(prompts()))), expected(row)) > CLOSE

@@ -13,6 +13,7 @@ class Fused:
     names: tuple[str, ...]
     bias: bool = False
     transposed: bool = False  # stored [in, out] instead of [out, in]
+    parts: tuple[int, ...] = ()  # how many of the linear's parts each module holds; () = one
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def linear(name: str, *, bias: bool = False) -> Fused:
     return Fused((name,), bias)
 
 
-def fuse(*names: str, bias: bool = False) -> Fused:
+def fuse(*names: str, bias: bool = False, parts: tuple[int, ...] = ()) -> Fused:
     """Several checkpoint modules that read the same input, multiplied as one."""
-    return Fused(names, bias)
+    return Fused(names, bias, parts=parts)
 
 
 def packed(name: str, order: Literal["parts", "per_group"] = "parts", *, bias: bool = False) -> Packed:

@@ -12,7 +12,7 @@ from functools import singledispatch
 from typing import Literal
 
 from kvrun.spec import Embed, Fused, Head, Layer, Mixer, Model, Norm, Packed, Parallel, RmsNorm, Step, Stored
-from kvrun.state.shapes import PageShape
+from kvrun.state.shapes import PageLayers, PageShape, PageUse, SlotShape
 from kvrun.weights.split import Runs, Span, Split, merge, size
 
 Role = Literal["column", "row", "whole"]
@@ -72,6 +72,8 @@ class MixerPlan:
     linears: Mapping[str, LinearPlan] = field(default_factory=dict)
     tables: Mapping[str, TablePlan] = field(default_factory=dict)
     pages: PageShape | None = None
+    page_use: PageUse = PageUse.SEQUENCE
+    slots: tuple[SlotShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class ModelPlan:
     head: HeadPlan
     tables: list[TablePlan] = field(default_factory=list)  # of the layers
     linears: list[LinearPlan] = field(default_factory=list)  # of the layers
-    pages: list[PageShape] = field(default_factory=list)  # one per layer that keeps keys and values
+    pages: list[PageShape] = field(default_factory=list)  # one per layer of the page pool
+    slots: list[SlotShape] = field(default_factory=list)  # one per array of a recurrent state
 
     @property
     def elements(self) -> int:
@@ -128,8 +131,8 @@ class ModelPlan:
 def plan_model(model: Model, split: Split) -> ModelPlan:
     """Plan a rank's share of a model."""
     embed, head = model.decoder.embed, model.decoder.head
-    plan = ModelPlan(split, plan_embed(embed, head, split), plan_head(head, embed, split))
-    for layer in model.decoder.layers:
+    plan, pool = ModelPlan(split, plan_embed(embed, head, split), plan_head(head, embed, split)), PageLayers()
+    for layer in layers(model):
         for step in layer.steps:
             for norm in norms(step):
                 plan.tables += plan_norm(norm, layer.at, embed.hidden).values()
@@ -137,8 +140,21 @@ def plan_model(model: Model, split: Split) -> ModelPlan:
                 part = plan_mixer(mixer, layer.at, embed.hidden, split)
                 plan.linears += part.linears.values()
                 plan.tables += part.tables.values()
-                plan.pages += [part.pages] if part.pages else []
+                plan.slots += part.slots
+                if part.pages is not None:
+                    pool.take(part.pages, part.page_use)
+    if model.encoder is not None:
+        plan.tables += plan_norm(model.encoder.norm, "", embed.hidden).values()
+    # Layers may share a table, a learned bias of positions for one.
+    plan.tables, plan.pages = list(dict.fromkeys(plan.tables)), pool.shapes
     return plan
+
+
+def layers(model: Model) -> Iterator[Layer]:
+    """Every layer, the decoder's first."""
+    yield from model.decoder.layers
+    if model.encoder is not None:
+        yield from model.encoder.layers
 
 
 @singledispatch
@@ -214,14 +230,16 @@ def whole_linear(stored: Fused, at: str, out: int, width: int) -> LinearPlan:
 def column(stored: Stored, at: str, parts: tuple[Runs, ...], widths: tuple[int, ...], hidden: int) -> LinearPlan:
     """Output rows split: `parts` are this rank's rows within each part, `widths` the parts' whole sizes."""
     cols = ((0, hidden),)
-    if isinstance(stored, Packed):
-        offsets = [sum(widths[:i]) for i in range(len(widths))]
-        runs = merge((offset + a, offset + b) for offset, part in zip(offsets, parts, strict=True) for a, b in part)
-        cuts: tuple[Cut, ...] = (Cut(join(at, stored.name), runs, cols, sum(widths), hidden),)
-    else:
-        modules = zip(stored.names, parts, widths, strict=True)
-        cuts = tuple(Cut(join(at, name), part, cols, width, hidden) for name, part, width in modules)
-    return LinearPlan("column", cuts, stored.bias, stored.bias, stored.transposed)
+    names = (stored.name,) if isinstance(stored, Packed) else stored.names
+    held = (len(parts),) if isinstance(stored, Packed) else stored.parts or (1,) * len(names)
+    cuts, first = [], 0
+    for name, count in zip(names, held, strict=True):
+        mine, sizes = parts[first : first + count], widths[first : first + count]
+        offsets = [sum(sizes[:i]) for i in range(count)]
+        runs = merge((offset + a, offset + b) for offset, part in zip(offsets, mine, strict=True) for a, b in part)
+        cuts.append(Cut(join(at, name), runs, cols, sum(sizes), hidden))
+        first += count
+    return LinearPlan("column", tuple(cuts), stored.bias, stored.bias, stored.transposed)
 
 
 def row(stored: Stored, at: str, cols: Runs, out: int, width: int, split: Split) -> LinearPlan:
