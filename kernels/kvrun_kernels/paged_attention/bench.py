@@ -1,4 +1,4 @@
-"""One long sequence, many short ones, and prompts."""
+"""One long sequence, many short ones, and prompts; over keys and values, and over latents."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,11 @@ from kvrun_kernels.paged_attention.op import reference
 
 
 def cases() -> Iterator[Case]:
-    for q_heads, kv_heads, dim in ((32, 4, 64), (32, 8, 128), (16, 16, 128)):
+    for q_heads, kv_heads, dim, value_dim in ((32, 4, 64, 64), (32, 8, 128, 128), (16, 16, 128, 128), (16, 1, 576, 512)):
+        planes = 2 if dim == value_dim else 1
         for tokens, context, sequences in ((1, 16384, 1), (1, 1024, 16), (1, 256, 64), (512, 512, 1), (128, 4096, 1)):
             pages = context // 16
-            pool = torch.randn(sequences * pages, 2, kv_heads, 16, dim).to(torch.bfloat16)
+            pool = torch.randn(sequences * pages, planes, kv_heads, 16, dim).to(torch.bfloat16)
             table = torch.randperm(sequences * pages).to(torch.int32).view(sequences, pages)
             q = torch.randn(sequences * tokens, q_heads, dim).to(torch.bfloat16)
             args = (
@@ -23,8 +24,8 @@ def cases() -> Iterator[Case]:
             seen = tokens * context - tokens * (tokens - 1) / 2
             yield Case(
                 f"{q_heads}/{kv_heads} heads of {dim}, {sequences} x {tokens} at {context}",
-                lambda args=args: ops.paged_attention(*args),
+                lambda args=args, n=value_dim: ops.paged_attention(*args, value_dim=n),
                 bytes=pool.nbytes,
-                flops=4 * sequences * seen * q_heads * dim,
-                beside=lambda args=args: reference(*args),
+                flops=2 * sequences * seen * q_heads * (dim + value_dim),
+                beside=lambda args=args, n=value_dim: reference(*args, value_dim=n),
             )

@@ -4,70 +4,60 @@
 // begins. Within a split the running maximum, sum and output of a row advance block by block; splits are merged in
 // order. A task is a tile of query rows that share a key head, over all splits; or, when tiles are too few for the
 // threads, over one split each, whose states are merged afterwards by the same arithmetic.
+#include "online_softmax.h"
 #include "thread_pool.h"
-#include "vec.h"
 
 namespace kvrun {
 namespace {
 
-constexpr int64_t kBlock = 64, kSplit = 512, kTileRows = 64;
-constexpr int lanes = Floats::width;
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int64_t kSplit = 512, kTileRows = 64;
+
+int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+int64_t whole_vectors(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
 struct Call {
   void* out;
   const void *q, *pool;
-  const int32_t *query_start, *contexts, *page_table;
-  const float* slopes;
-  int64_t q_heads, kv_heads, dim, sequences, table_stride, page_tokens, pages, q_token, q_head, window;
+  const int32_t *query_start, *contexts, *page_table, *reach;
+  const float *slopes, *sinks, *relative;
+  int64_t q_heads, kv_heads, dim, value_dim, planes, sequences, table_stride, page_tokens, pages, q_token, q_head, window;
+  int64_t most;  // distance from which the learned bias stays the same
   float scale, softcap;
   int64_t q_dtype, pool_dtype;
 
   int64_t group() const { return q_heads / kv_heads; }
-  int64_t padded() const { return (dim + lanes - 1) / lanes * lanes; }
+  int64_t padded() const { return whole_vectors(dim); }
+  int64_t value_padded() const { return whole_vectors(value_dim); }
+  // In a pool of one plane the keys' first numbers are the values.
+  int64_t value_stride() const { return planes == 1 ? padded() : value_padded(); }
+  // The keys that a row sees end here.
+  int64_t end_key(int64_t sequence, int64_t token, int64_t position) const {
+    const int64_t end = reach ? at_most(int64_t(reach[token]) + 1, contexts[sequence]) : position + 1;
+    return end > 0 ? end : 0;
+  }
 };
 
-// Query tokens first..last of a sequence under one key head; a row is a token and one of the head's query heads.
+// Query tokens first..last of a sequence under one key head; a row is a token and one of `heads` query heads from
+// `first_head`.
 struct Tile {
-  int64_t sequence, head, first_token, rows, first_position, begin_key, end_key, first_split, splits;
+  int64_t sequence, head, first_head, heads, first_token, rows, first_position, begin_key, end_key, first_split, splits;
   size_t state;  // where the states of its splits lie, in floats, when they are computed apart
-};
 
-// Running maximum, sum and output of each row; lies in memory as [rows] [rows] [rows][padded].
-struct State {
-  float *top, *total, *out;
-  State(float* memory, int64_t rows) : top(memory), total(memory + rows), out(memory + 2 * rows) {}
-  static int64_t floats(int64_t rows, int64_t padded) { return rows * (padded + 2); }
-  void clear(int64_t rows, int64_t padded) {
-    for (int64_t r = 0; r < rows; r++) top[r] = kMinusInfinity;
-    memset(total, 0, rows * sizeof(float));
-    memset(out, 0, rows * padded * sizeof(float));
-  }
+  int64_t token(int64_t r) const { return first_token + r / heads; }
+  int64_t position(int64_t r) const { return first_position + r / heads; }
+  int64_t query_head(int64_t r) const { return first_head + r % heads; }
 };
-
-void merge(State into, State next, int64_t rows, int64_t padded) {
-  for (int64_t r = 0; r < rows; r++) {
-    if (next.top[r] == kMinusInfinity) continue;
-    const float top = into.top[r] > next.top[r] ? into.top[r] : next.top[r];
-    const float keep = exp1(into.top[r] - top), add = exp1(next.top[r] - top);
-    into.top[r] = top;
-    into.total[r] = into.total[r] * keep + next.total[r] * add;
-    for (int64_t d = 0; d < padded; d += lanes) {
-      float* to = into.out + r * padded + d;
-      fma(Floats::load(next.out + r * padded + d), Floats(add), Floats::load(to) * Floats(keep)).store(to);
-    }
-  }
-}
 
 // What a task works in: its query rows, one block of keys and values as float32, and the block's scores.
 struct Work {
   float *q, *keys, *values, *scores, *keep, *split, *all;
-  Work(int64_t rows, int64_t padded) {
-    const int64_t block = kBlock * padded, state = State::floats(rows, padded);
-    q = (float*)scratch(kTask, (rows * (padded + kBlock + 1) + 2 * block + 2 * state) * sizeof(float));
+  Work(const Call& call, int64_t rows) {
+    const int64_t padded = call.padded(), block = kBlock * padded, own = call.planes == 1 ? 0 : kBlock * call.value_padded();
+    const int64_t state = State::floats(rows, call.value_padded());
+    q = (float*)scratch(kTask, (rows * (padded + kBlock + 1) + block + own + 2 * state) * sizeof(float));
     keys = q + rows * padded;
-    values = keys + block;
-    scores = values + block;
+    scores = keys + block + own;
+    values = own ? keys + block : keys;
     keep = scores + rows * kBlock;
     split = keep + rows;
     all = split + state;
@@ -86,91 +76,55 @@ template <class T>
 const T* page_of(const Call& call, const Tile& tile, int64_t index) {
   const int64_t page = call.page_table[tile.sequence * call.table_stride + index];
   if (page < 0 || page >= call.pages) return nullptr;
-  return (const T*)call.pool + (page * 2 * call.kv_heads + tile.head) * call.page_tokens * call.dim;
+  return (const T*)call.pool + (page * call.planes * call.kv_heads + tile.head) * call.page_tokens * call.dim;
 }
 
-void clear_keys(const Work& work, int64_t first, int64_t last, int64_t padded) {
+void clear_keys(const Call& call, const Work& work, int64_t first, int64_t last) {
   if (first >= last) return;
-  memset(work.keys + first * padded, 0, (last - first) * padded * sizeof(float));
-  memset(work.values + first * padded, 0, (last - first) * padded * sizeof(float));
+  memset(work.keys + first * call.padded(), 0, (last - first) * call.padded() * sizeof(float));
+  if (call.planes == 1) return;
+  memset(work.values + first * call.value_padded(), 0, (last - first) * call.value_padded() * sizeof(float));
 }
 
 // The tile's part of a block of keys and values. What no row may see is zeroed and never read: it may be no number.
 template <class T>
 void gather(const Call& call, const Tile& tile, int64_t block, const Work& work) {
-  const int64_t padded = call.padded(), values = call.kv_heads * call.page_tokens * call.dim;
-  const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0;
-  const int64_t end = tile.end_key - block < kBlock ? tile.end_key - block : kBlock;
-  clear_keys(work, 0, begin, padded);
-  clear_keys(work, end, kBlock, padded);
+  const int64_t padded = call.padded(), value_padded = call.value_padded();
+  const int64_t values = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * call.dim;
+  const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0, end = at_most(tile.end_key - block, kBlock);
+  clear_keys(call, work, 0, begin);
+  clear_keys(call, work, end, kBlock);
   for (int64_t j = begin; j < end;) {
     const int64_t index = (block + j) / call.page_tokens, offset = (block + j) % call.page_tokens;
-    const int64_t left = call.page_tokens - offset, last = j + left < end ? j + left : end;
+    const int64_t last = at_most(j + call.page_tokens - offset, end);
     const T* page = page_of<T>(call, tile, index);
     // The hardware cannot foresee where the next page lies.
     const T* next = block + last < tile.end_key ? page_of<T>(call, tile, (block + last) / call.page_tokens) : page;
-    if (!page) clear_keys(work, j, last, padded), j = last;
+    if (!page) clear_keys(call, work, j, last), j = last;
     for (int64_t at = offset * call.dim; j < last; j++, at += call.dim) {
       for (int64_t d = 0; next && d < call.dim; d += 64 / int64_t(sizeof(T))) {
         __builtin_prefetch(next + at + d);
         __builtin_prefetch(next + at + d + values);
       }
       widen(work.keys + j * padded, page + at, call.dim, padded);
-      widen(work.values + j * padded, page + at + values, call.dim, padded);
+      if (values) widen(work.values + j * value_padded, page + at + values, call.value_dim, value_padded);
     }
   }
 }
 
-// Scores of R rows against four keys at a time: each a sum over lanes, folded the same way every time.
-template <int R>
-void score(const float* q, const float* keys, float* scores, int64_t count, int64_t padded) {
-  for (int64_t j = 0; j < count; j += 4) {
-    Floats sums[R][4];
-    for (int r = 0; r < R; r++)
-      for (int k = 0; k < 4; k++) sums[r][k] = Floats::zero();
-    for (int64_t d = 0; d < padded; d += lanes) {
-      Floats key[4];
-      for (int k = 0; k < 4; k++) key[k] = Floats::load(keys + (j + k) * padded + d);
-      for (int r = 0; r < R; r++) {
-        const Floats query = Floats::load(q + r * padded + d);
-        for (int k = 0; k < 4; k++) sums[r][k] = fma(query, key[k], sums[r][k]);
-      }
-    }
-    for (int r = 0; r < R; r++) sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kBlock + j);
-  }
-}
-
-// out = out * keep + shares x values, for R rows and V vectors of the head.
-template <int R, int V>
-void add_values(float* out, const float* keep, const float* shares, const float* values, int64_t count, int64_t padded) {
-  Floats sums[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = Floats::load(out + r * padded + v * lanes) * Floats(keep[r]);
-  for (int64_t j = 0; j < count; j++) {
-    Floats value[V];
-    for (int v = 0; v < V; v++) value[v] = Floats::load(values + j * padded + v * lanes);
-    for (int r = 0; r < R; r++) {
-      const Floats share(shares[r * kBlock + j]);
-      for (int v = 0; v < V; v++) sums[r][v] = fma(share, value[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v].store(out + r * padded + v * lanes);
-}
-
-template <int R>
-void add_values(float* out, const float* keep, const float* shares, const float* values, int64_t count, int64_t padded) {
-  // One row alone needs more sums at once to hide their latency.
-  constexpr int V = R == 1 ? 8 : 4;
-  int64_t d = 0;
-  for (; d + V * lanes <= padded; d += V * lanes) add_values<R, V>(out + d, keep, shares, values + d, count, padded);
-  for (; d < padded; d += lanes) add_values<R, 1>(out + d, keep, shares, values + d, count, padded);
+// The learned bias of as many keys as there are lanes, the first of them `away` keys past the query.
+Floats bias_of(const float* relative, int64_t away, int64_t most) {
+  const int64_t first = away + most, last = first + lanes - 1;
+  if (first >= 0 && last <= 2 * most) return Floats::load(relative + first);
+  float all[lanes];
+  for (int64_t i = 0; i < lanes; i++) all[i] = relative[first + i < 0 ? 0 : at_most(first + i, 2 * most)];
+  return Floats::load(all);
 }
 
 // Turns a row's raw scores into shares of the block, and moves its maximum and sum on; says how much of the earlier
 // output remains. `begin` and `end` bound the keys of the block that the row sees.
-float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float slope, int64_t distance, float& top,
-            float& total) {
+float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float slope, const float* relative,
+            int64_t distance, float& top, float& total) {
   for (int64_t j = 0; j < begin; j++) scores[j] = kMinusInfinity;
   for (int64_t j = end; j < kBlock; j++) scores[j] = kMinusInfinity;
   if (begin >= end) {
@@ -189,6 +143,7 @@ float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float s
       for (int i = 0; i < lanes; i++) away[i] = float(j + i - distance);
       s = fma(Floats(slope), Floats::load(away), s);
     }
+    if (relative) s = s + bias_of(relative, j - distance, call.most);
     s.store(scores + j);
     best = max(s, best);
   }
@@ -204,15 +159,10 @@ float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float s
   return keep;
 }
 
-template <class F>
-void in_fours(int64_t rows, const F& f) {
-  for (int64_t r = 0; r < rows; r += 4) f(r, rows - r < 4 ? int(rows - r) : 4);
-}
-
 template <class T>
 void attend_block(const Call& call, const Tile& tile, int64_t block, const Work& work, State state) {
-  const int64_t padded = call.padded(), group = call.group();
-  const int64_t count = tile.end_key - block < kBlock ? tile.end_key - block : kBlock;
+  const int64_t padded = call.padded(), value_padded = call.value_padded(), stride = call.value_stride();
+  const int64_t count = at_most(tile.end_key - block, kBlock);
   gather<T>(call, tile, block, work);
   in_fours(tile.rows, [&](int64_t r, int height) {
     constexpr void (*by_height[])(const float*, const float*, float*, int64_t, int64_t) = {score<1>, score<2>, score<3>,
@@ -220,23 +170,27 @@ void attend_block(const Call& call, const Tile& tile, int64_t block, const Work&
     by_height[height - 1](work.q + r * padded, work.keys, work.scores + r * kBlock, count, padded);
   });
   for (int64_t r = 0; r < tile.rows; r++) {
-    const int64_t position = tile.first_position + r / group;
-    int64_t begin = call.window ? position - call.window + 1 - block : 0, end = position + 1 - block;
-    begin = begin < 0 ? 0 : begin > kBlock ? kBlock : begin;
-    end = end < 0 ? 0 : end > kBlock ? kBlock : end;
-    const float slope = call.slopes ? call.slopes[tile.head * group + r % group] : 0;
-    work.keep[r] = weigh(call, work.scores + r * kBlock, begin, end, slope, position - block, state.top[r], state.total[r]);
+    const int64_t position = tile.position(r), head = tile.query_head(r);
+    int64_t begin = call.window ? position - call.window + 1 - block : 0;
+    int64_t end = call.end_key(tile.sequence, tile.token(r), position) - block;
+    begin = begin < 0 ? 0 : at_most(begin, kBlock);
+    end = end < 0 ? 0 : at_most(end, kBlock);
+    const float slope = call.slopes ? call.slopes[head] : 0;
+    const float* relative = call.relative ? call.relative + head * (2 * call.most + 1) : nullptr;
+    work.keep[r] = weigh(call, work.scores + r * kBlock, begin, end, slope, relative, position - block, state.top[r],
+                         state.total[r]);
   }
   in_fours(tile.rows, [&](int64_t r, int height) {
-    constexpr void (*by_height[])(float*, const float*, const float*, const float*, int64_t, int64_t) = {
+    constexpr void (*by_height[])(float*, const float*, const float*, const float*, int64_t, int64_t, int64_t) = {
         add_values<1>, add_values<2>, add_values<3>, add_values<4>};
-    by_height[height - 1](state.out + r * padded, work.keep + r, work.scores + r * kBlock, work.values, count, padded);
+    by_height[height - 1](state.out + r * value_padded, work.keep + r, work.scores + r * kBlock, work.values, count,
+                          value_padded, stride);
   });
 }
 
 template <class T>
 void attend_split(const Call& call, const Tile& tile, int64_t split, const Work& work, State state) {
-  state.clear(tile.rows, call.padded());
+  state.clear(tile.rows, call.value_padded());
   int64_t block = split * kSplit;
   if (block < tile.begin_key) block = tile.begin_key / kBlock * kBlock;
   for (; block < tile.end_key && block < (split + 1) * kSplit; block += kBlock)
@@ -244,58 +198,69 @@ void attend_split(const Call& call, const Tile& tile, int64_t split, const Work&
 }
 
 void load_queries(const Call& call, const Tile& tile, float* to) {
-  const int64_t group = call.group();
   with_dtype(call.q_dtype, [&](auto type) {
     using Q = typename decltype(type)::type;
     for (int64_t r = 0; r < tile.rows; r++) {
-      const int64_t token = tile.first_token + r / group, head = tile.head * group + r % group;
-      const Q* from = (const Q*)call.q + token * call.q_token + head * call.q_head;
+      const Q* from = (const Q*)call.q + tile.token(r) * call.q_token + tile.query_head(r) * call.q_head;
       widen(to + r * call.padded(), from, call.dim, call.padded());
     }
   });
 }
 
 void store_out(const Call& call, const Tile& tile, State state) {
-  const int64_t group = call.group();
   with_dtype(call.q_dtype, [&](auto type) {
     using Q = typename decltype(type)::type;
     for (int64_t r = 0; r < tile.rows; r++) {
-      const int64_t token = tile.first_token + r / group, head = tile.head * group + r % group;
-      Q* to = (Q*)call.out + (token * call.q_heads + head) * call.dim;
-      const float* from = state.out + r * call.padded();
-      const Floats scale(state.total[r] > 0 ? 1.0f / state.total[r] : 0.0f);
-      for (int64_t d = 0; d < call.dim; d += lanes) {
+      const int64_t head = tile.query_head(r);
+      Q* to = (Q*)call.out + (tile.token(r) * call.q_heads + head) * call.value_dim;
+      const float* from = state.out + r * call.value_padded();
+      const Floats scale(state.scale(r, call.sinks ? call.sinks + head : nullptr));
+      for (int64_t d = 0; d < call.value_dim; d += lanes) {
         const Floats y = Floats::load(from + d) * scale;
-        call.dim - d >= lanes ? y.store(to + d) : y.store(to + d, call.dim - d);
+        call.value_dim - d >= lanes ? y.store(to + d) : y.store(to + d, call.value_dim - d);
       }
     }
   });
 }
 
+// The keys that some row of a tile sees, and the splits that they lie in.
+void find_keys(const Call& call, Tile& tile) {
+  const int64_t tokens = tile.rows / tile.heads;
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t end = call.end_key(tile.sequence, tile.first_token + t, tile.first_position + t);
+    if (end > tile.end_key) tile.end_key = end;
+  }
+  if (call.window && tile.first_position - call.window + 1 > 0)
+    tile.begin_key = at_most(tile.first_position - call.window + 1, tile.end_key);
+  tile.first_split = tile.begin_key / kSplit;
+  tile.splits = (tile.end_key + kSplit - 1) / kSplit - tile.first_split;
+}
+
 // Lists the tiles; says how many there are. With no list it only counts.
 int64_t list_tiles(const Call& call, Tile* tiles) {
   int64_t count = 0;
-  const int64_t most = call.group() < kTileRows ? kTileRows / call.group() : 1;
+  // Many query heads over one key head share out among tiles of one token each.
+  const int64_t group = call.group(), parts = (group + kTileRows - 1) / kTileRows, most = parts > 1 ? 1 : kTileRows / group;
   for (int64_t n = 0; n < call.sequences; n++) {
     const int64_t start = call.query_start[n], tokens = call.query_start[n + 1] - start;
     for (int64_t head = 0; head < call.kv_heads; head++)
-      for (int64_t t = 0; t < tokens; t += most, count++) {
-        if (!tiles) continue;
-        const int64_t height = tokens - t < most ? tokens - t : most, first = call.contexts[n] - tokens + t;
-        Tile& tile = tiles[count];
-        tile = {n, head, start + t, height * call.group(), first, 0, first + height, 0, 0, 0};
-        if (call.window && first - call.window + 1 > 0) tile.begin_key = first - call.window + 1;
-        tile.first_split = tile.begin_key / kSplit;
-        tile.splits = (tile.end_key + kSplit - 1) / kSplit - tile.first_split;
-      }
+      for (int64_t t = 0; t < tokens; t += most)
+        for (int64_t part = 0; part < parts; part++, count++) {
+          if (!tiles) continue;
+          const int64_t first_head = group * part / parts, heads = group * (part + 1) / parts - first_head;
+          Tile& tile = tiles[count];
+          tile = {n, head, head * group + first_head, heads, start + t, at_most(tokens - t, most) * heads,
+                  call.contexts[n] - tokens + t, 0, 0, 0, 0, 0};
+          find_keys(call, tile);
+        }
   }
   return count;
 }
 
 template <class T>
 void attend_whole(const Call& call, const Tile& tile) {
-  const int64_t padded = call.padded();
-  const Work work(tile.rows, padded);
+  const int64_t padded = call.value_padded();
+  const Work work(call, tile.rows);
   load_queries(call, tile, work.q);
   State all(work.all, tile.rows), split(work.split, tile.rows);
   all.clear(tile.rows, padded);
@@ -309,7 +274,7 @@ void attend_whole(const Call& call, const Tile& tile) {
 // One task per tile and split, then one per tile to merge.
 template <class T>
 void attend_apart(const Call& call, Tile* tiles, int64_t count) {
-  const int64_t padded = call.padded();
+  const int64_t padded = call.value_padded();
   size_t floats = 0;
   int64_t tasks = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -322,14 +287,14 @@ void attend_apart(const Call& call, Tile* tiles, int64_t count) {
     int64_t i = 0;
     while (task >= tiles[i].splits) task -= tiles[i++].splits;
     const Tile& tile = tiles[i];
-    const Work work(tile.rows, padded);
+    const Work work(call, tile.rows);
     load_queries(call, tile, work.q);
     float* state = states + tile.state + task * State::floats(tile.rows, padded);
     attend_split<T>(call, tile, tile.first_split + task, work, State(state, tile.rows));
   });
   parallel_for(count, [&](int64_t i) {
     const Tile& tile = tiles[i];
-    State all(Work(tile.rows, padded).all, tile.rows);
+    State all(Work(call, tile.rows).all, tile.rows);
     all.clear(tile.rows, padded);
     for (int64_t s = 0; s < tile.splits; s++)
       merge(all, State(states + tile.state + s * State::floats(tile.rows, padded), tile.rows), tile.rows, padded);
@@ -342,12 +307,14 @@ void attend_apart(const Call& call, Tile* tiles, int64_t count) {
 
 KVRUN_OP(paged_attention)
 (void* out, const void* q, const void* pool, const int32_t* query_start, const int32_t* contexts,
- const int32_t* page_table, const float* slopes, int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t sequences,
- int64_t table_stride, int64_t page_tokens, int64_t pages, int64_t q_token, int64_t q_head, float scale, int64_t window,
- float softcap, int64_t q_dtype, int64_t pool_dtype) {
+ const int32_t* page_table, const int32_t* reach, const float* slopes, const float* sinks, const float* relative,
+ int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t planes, int64_t sequences,
+ int64_t table_stride, int64_t page_tokens, int64_t pages, int64_t q_token, int64_t q_head, int64_t window, int64_t most,
+ float scale, float softcap, int64_t q_dtype, int64_t pool_dtype) {
   using namespace kvrun;
-  const Call call{out,       q,        pool,         query_start, contexts, page_table, slopes, q_heads, kv_heads, dim,
-                  sequences, table_stride, page_tokens, pages,    q_token,  q_head,     window, scale,   softcap,
+  const Call call{out,       q,         pool,         query_start, contexts,    page_table, reach,   slopes, sinks,
+                  relative,  q_heads,   kv_heads,     dim,         value_dim,   planes,     sequences, table_stride,
+                  page_tokens, pages,   q_token,      q_head,      window,      most,       scale,   softcap,
                   q_dtype,   pool_dtype};
   const int64_t count = list_tiles(call, nullptr);
   Tile* tiles = (Tile*)scratch(kCallTable, count * sizeof(Tile));

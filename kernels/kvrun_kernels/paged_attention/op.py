@@ -11,7 +11,7 @@ SCHEMA = (
     "Tensor? relative=None, int? value_dim=None) -> Tensor"
 )
 
-_kernel = Kernel("paged_attention", "ppppppp iiiiiii ii f i f ii")
+_kernel = Kernel("paged_attention", "pppppp pppp iiiii iiii iiii ff ii")
 
 
 def reference(
@@ -97,21 +97,26 @@ def paged_attention(
     """
     if q.shape[1] % pool.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads over {pool.shape[2]} key heads; the first must be a multiple of the second")
-    tables = (query_start, contexts, page_table)
+    if value_dim and value_dim > q.shape[2]:
+        raise ValueError(f"values of {value_dim} asked in a pool of {q.shape[2]} numbers a token; ask for at most these")
+    integers, floats = (query_start, contexts, page_table, reach), (slopes, sinks, relative)
     run = _kernel.run
-    native = on_cpu(q, pool, slopes) and pool.is_contiguous()
-    native = native and all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in tables)
-    native = native and sinks is None and reach is None and relative is None and value_dim is None and pool.shape[1] == 2
-    if run is None or not native or (slopes is not None and slopes.dtype != torch.float32):
+    native = on_cpu(q, pool) and pool.is_contiguous()
+    native = native and all(t is None or (t.dtype == torch.int32 and t.stride(-1) == 1) for t in integers)
+    native = native and all(t is None or (t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()) for t in floats)
+    if run is None or not native:
         return reference(
             q, pool, query_start, contexts, page_table, scale, window, softcap, slopes,
             sinks=sinks, reach=reach, relative=relative, value_dim=value_dim,
         )  # fmt: skip
-    out = torch.empty(q.shape, dtype=q.dtype)
+    value_dim = value_dim or q.shape[2]
+    out = torch.empty((*q.shape[:2], value_dim), dtype=q.dtype)
     run(
-        out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(),
-        page_table.data_ptr(), None if slopes is None else slopes.data_ptr(),
-        q.shape[1], pool.shape[2], q.shape[2], contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
-        q.stride(0), q.stride(1), scale, window, softcap, DTYPES[q.dtype], DTYPES[pool.dtype],
+        out.data_ptr(), q.data_ptr(), pool.data_ptr(), query_start.data_ptr(), contexts.data_ptr(), page_table.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in (reach, *floats)),
+        q.shape[1], pool.shape[2], q.shape[2], value_dim, pool.shape[1],
+        contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
+        q.stride(0), q.stride(1), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap,
+        DTYPES[q.dtype], DTYPES[pool.dtype],
     )  # fmt: skip
     return out

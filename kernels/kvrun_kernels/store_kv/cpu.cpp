@@ -1,4 +1,4 @@
-// Copies keys and values to their slots, converting where the pool has another dtype.
+// Copies keys, and values where there are any, to their slots; converts where the pool has another dtype.
 #include "thread_pool.h"
 #include "vec.h"
 
@@ -25,6 +25,7 @@ KVRUN_OP(store_kv)
  int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, int64_t dim, int64_t v_dim, int64_t pages,
  int64_t from_dtype, int64_t to_dtype) {
   using namespace kvrun;
+  const int64_t planes = v ? 2 : 1;
   with_dtype(from_dtype, [&](auto from_type) {
     with_dtype(to_dtype, [&](auto to_type) {
       using From = typename decltype(from_type)::type;
@@ -34,9 +35,10 @@ KVRUN_OP(store_kv)
           const int64_t slot = ((const int32_t*)slots)[t], page = slot / page_tokens;
           if (slot < 0 || page >= pages) continue;
           for (int64_t h = 0; h < heads; h++) {
-            To* key = (To*)pool + ((page * 2 * heads + h) * page_tokens + slot % page_tokens) * dim;
-            To* value = key + heads * page_tokens * dim;
+            To* key = (To*)pool + ((page * planes * heads + h) * page_tokens + slot % page_tokens) * dim;
             copy(key, (const From*)k + t * k_token + h * k_head, dim);
+            if (!v) continue;
+            To* value = key + heads * page_tokens * dim;
             copy(value, (const From*)v + t * v_token + h * v_head, v_dim);
             memset((void*)(value + v_dim), 0, (dim - v_dim) * sizeof(To));
           }

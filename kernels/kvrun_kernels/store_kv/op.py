@@ -32,12 +32,13 @@ def store_kv(k: Tensor, v: Tensor | None, pool: Tensor, slots: Tensor) -> None:
             f"{'keys' if v is None else 'keys and values'} asked for a pool of {pool.shape[1]} planes; its shape is {list(pool.shape)}"
         )
     run = _kernel.run
-    native = on_cpu(k, v, pool) and pool.is_contiguous() and v is not None and k.dtype == v.dtype
-    if run is None or v is None or not native or slots.dtype != torch.int32:
+    native = on_cpu(k, v, pool) and pool.is_contiguous() and (v is None or k.dtype == v.dtype)
+    if run is None or not native or slots.dtype != torch.int32:
         return reference(k, v, pool, slots)
+    v_token, v_head, v_dim = (0, 0, 0) if v is None else (v.stride(0), v.stride(1), v.shape[2])
     run(
-        k.data_ptr(), v.data_ptr(), pool.data_ptr(), slots.data_ptr(), k.shape[0], k.shape[1], pool.shape[3],
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), k.shape[2], v.shape[2], pool.shape[0],
+        k.data_ptr(), None if v is None else v.data_ptr(), pool.data_ptr(), slots.data_ptr(), k.shape[0], k.shape[1],
+        pool.shape[3], k.stride(0), k.stride(1), v_token, v_head, k.shape[2], v_dim, pool.shape[0],
         DTYPES[k.dtype], DTYPES[pool.dtype],
     )  # fmt: skip
     return None

@@ -20,3 +20,18 @@ def test_tokens_land_in_their_slots(level, dtype, pool_dtype, dim, value_dim, pa
     ops.store_kv(k, v, pool, slots)
     reference(k, v, expected, slots)
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("pool_dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_pool_of_one_plane_takes_keys_alone(level, dtype, pool_dtype):
+    pool = torch.randn(9, 1, 2, 16, 20).to(pool_dtype)
+    expected, k = pool.clone(), torch.randn(11, 2, 25).to(dtype)[..., :20]
+    slots = torch.randperm(9 * 16)[:11].to(torch.int32)
+    ops.store_kv(k, None, pool, slots)
+    reference(k, None, expected, slots)
+    assert torch.equal(pool, expected)
+
+
+def test_a_pool_of_other_planes_is_refused():
+    with pytest.raises(ValueError, match="keys and values asked for a pool of 1 planes"):
+        ops.store_kv(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1, 1, 4, 4), torch.zeros(1, dtype=torch.int32))
