@@ -85,17 +85,9 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
         args.flag("--quantize", format.name());
     }
     args.flag("--num-threads", plan.threads.to_string());
-    args.flag(
-        "--kv-cache-bytes",
-        plan.kv_cache.map_or(0, |cache| cache.bytes).to_string(),
-    );
+    args.flag("--kv-cache-bytes", plan.kv_cache.bytes.to_string());
     args.flag("--adapter-bytes", plan.adapter_bytes.to_string());
-    args.flag(
-        "--page-tokens",
-        plan.kv_cache
-            .map_or(16, |cache| cache.page_tokens)
-            .to_string(),
-    );
+    args.flag("--page-tokens", plan.kv_cache.page_tokens.to_string());
     args.word("--json-output");
 
     let known = Args::variables();
@@ -186,6 +178,9 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
     if let Some(file) = &settings.api_key_file {
         args.flag("--api-key-file", file);
     }
+    if let Some(file) = &settings.admin_api_key_file {
+        args.flag("--admin-api-key-file", file);
+    }
     args.word("--json-output");
 
     let known = Args::variables();
@@ -199,8 +194,14 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
         .filter(|(name, _)| !is_flag(name))
         .cloned()
         .collect();
-    if let Some(key) = &settings.api_key {
-        set(&mut variables, "API_KEY", key.reveal());
+    let keys = [
+        ("API_KEY", &settings.api_key),
+        ("ADMIN_API_KEY", &settings.admin_api_key),
+    ];
+    for (name, key) in keys {
+        if let Some(key) = key {
+            set(&mut variables, name, key.reveal());
+        }
     }
     Invocation {
         program: environment.programs.join(ROUTER),
@@ -266,11 +267,11 @@ mod tests {
             threads: 4,
             weight_bytes: 1,
             adapter_bytes: 7,
-            kv_cache: Some(KvCache {
+            kv_cache: KvCache {
                 bytes: 9,
                 pages: 1,
                 page_tokens: 16,
-            }),
+            },
             overhead_bytes: 1,
             max_input_tokens: 10,
             max_total_tokens: 20,
@@ -331,7 +332,7 @@ mod tests {
     #[test]
     fn secrets_are_in_no_argument_and_reach_no_shard() {
         let [shard, router] = whole(
-            &["--api-key=hunter2"],
+            &["--api-key=hunter2", "--admin-api-key=hunter5"],
             &[
                 ("HF_TOKEN", "hunter3"),
                 ("MY_KEY", "hunter4"),
@@ -344,6 +345,9 @@ mod tests {
             assert!(!line(invocation).contains("hunter"), "{}", line(invocation));
         }
         assert_eq!(names(&shard), ["PATH", "HF_HUB_OFFLINE"]);
-        assert_eq!(names(&router), ["HF_TOKEN", "MY_KEY", "PATH", "API_KEY"]);
+        assert_eq!(
+            names(&router),
+            ["HF_TOKEN", "MY_KEY", "PATH", "API_KEY", "ADMIN_API_KEY"]
+        );
     }
 }

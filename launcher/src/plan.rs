@@ -12,8 +12,7 @@ pub struct Plan {
     pub threads: u32,
     pub weight_bytes: u64,
     pub adapter_bytes: u64,
-    /// Nothing on a GPU, where the shard measures what is left after a step at the worst case.
-    pub kv_cache: Option<KvCache>,
+    pub kv_cache: KvCache,
     /// Interpreter, libraries and activations.
     pub overhead_bytes: u64,
     pub max_input_tokens: u32,
@@ -58,28 +57,24 @@ pub fn make(
     machine: &Machine,
     inspection: &Inspection,
 ) -> Result<Plan, Failure> {
-    let gpus = machine.gpus.len() as u32;
-    let shards = settings.shards.unwrap_or(gpus.max(1));
-    if gpus > 0 && shards > gpus {
-        return Err(Failure::new(
-            Code::Device,
-            format!(
-                "--num-shard {shards} needs {shards} GPUs; this machine shows {gpus}; use --num-shard {gpus} or less"
-            ),
-        ));
-    }
+    let shards = settings.shards;
     let model = &inspection.model;
-    let budget = Budget::new(machine, shards);
+    let budget = budget_of(machine, shards);
     let adapter_bytes = settings
         .adapter_bytes
         .unwrap_or_else(|| default_adapter_bytes(settings, inspection));
     let fixed = model.rank_weight_bytes + adapter_bytes + OVERHEAD_BYTES;
     let left = budget
-        .bytes
         .checked_sub(fixed)
-        .ok_or_else(|| too_large(settings, &budget, model.rank_weight_bytes, adapter_bytes))?;
+        .ok_or_else(|| too_large(settings, budget, model.rank_weight_bytes, adapter_bytes))?;
 
     let mut remarks = Vec::new();
+    if !machine.gpus.is_empty() {
+        remarks.push(
+            "this version computes on the CPU: the plan is of main memory, and no GPU is used"
+                .to_owned(),
+        );
+    }
     let window = model.max_positions.unwrap_or(UNSTATED_POSITIONS);
     let asked = settings.limits.max_total_tokens;
     if let Some(beyond) = asked.filter(|asked| *asked > window && model.max_positions.is_some()) {
@@ -89,20 +84,14 @@ pub fn make(
         )));
     }
     let mut max_total_tokens = asked.unwrap_or(window);
-    let kv_cache = match gpus {
-        0 => {
-            let cache = size_kv_cache(settings, inspection, &budget, left, max_total_tokens)?;
-            let fits = u32::try_from(cache.tokens()).unwrap_or(u32::MAX);
-            if fits < max_total_tokens {
-                remarks.push(format!(
-                    "a request may hold {fits} tokens instead of the model's {max_total_tokens}, because no more fit into memory"
-                ));
-                max_total_tokens = fits;
-            }
-            Some(cache)
-        }
-        _ => None,
-    };
+    let kv_cache = size_kv_cache(settings, inspection, budget, left, max_total_tokens)?;
+    let fits = u32::try_from(kv_cache.tokens()).unwrap_or(u32::MAX);
+    if fits < max_total_tokens {
+        remarks.push(format!(
+            "a request may hold {fits} tokens instead of the model's {max_total_tokens}, because no more fit into memory"
+        ));
+        max_total_tokens = fits;
+    }
     let max_input_tokens = settings
         .limits
         .max_input_tokens
@@ -127,30 +116,9 @@ pub fn make(
     })
 }
 
-/// Memory for one model process, and where it is.
-struct Budget {
-    bytes: u64,
-    place: String,
-}
-
-impl Budget {
-    fn new(machine: &Machine, shards: u32) -> Self {
-        match machine
-            .gpus
-            .iter()
-            .take(shards as usize)
-            .min_by_key(|gpu| gpu.memory_available)
-        {
-            Some(gpu) => Self {
-                bytes: gpu.memory_available,
-                place: format!("free on the GPU ({})", gpu.name),
-            },
-            None => Self {
-                bytes: machine.memory_available.saturating_sub(SYSTEM_BYTES) / u64::from(shards),
-                place: "of main memory available to each model process".to_owned(),
-            },
-        }
-    }
+/// Main memory for one model process.
+fn budget_of(machine: &Machine, shards: u32) -> u64 {
+    machine.memory_available.saturating_sub(SYSTEM_BYTES) / u64::from(shards)
 }
 
 /// The named adapters, with room for what a shard adds (a matrix that feeds several linears is held by each of them),
@@ -168,7 +136,7 @@ fn default_adapter_bytes(settings: &Settings, inspection: &Inspection) -> u64 {
 fn size_kv_cache(
     settings: &Settings,
     inspection: &Inspection,
-    budget: &Budget,
+    budget: u64,
     left: u64,
     max_total_tokens: u32,
 ) -> Result<KvCache, Failure> {
@@ -200,7 +168,7 @@ fn size_kv_cache(
         return Err(Failure::new(
             Code::Memory,
             format!(
-                "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} {} are left for it; \
+                "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} of main memory are left for it; \
                  lower --max-total-tokens",
                 size(one_request.max(2) * page_bytes),
                 size(
@@ -208,8 +176,7 @@ fn size_kv_cache(
                         .kv_cache_bytes
                         .unwrap_or((left as f64 * KV_SHARE) as u64)
                 ),
-                size(budget.bytes),
-                budget.place,
+                size(budget),
             ),
         ));
     }
@@ -220,7 +187,7 @@ fn size_kv_cache(
     })
 }
 
-fn too_large(settings: &Settings, budget: &Budget, weights: u64, more: u64) -> Failure {
+fn too_large(settings: &Settings, budget: u64, weights: u64, more: u64) -> Failure {
     let cure = match settings.quantize {
         None => "a smaller or quantized model, --dtype bfloat16, or a larger machine",
         Some(_) => "a smaller model or a larger machine",
@@ -228,14 +195,13 @@ fn too_large(settings: &Settings, budget: &Budget, weights: u64, more: u64) -> F
     Failure::new(
         Code::Memory,
         format!(
-            "{} needs {} for its weights, {} for adapters and KV cache and {} to run, in each model process; there are {} {}; \
-             use {cure}",
+            "{} needs {} for its weights, {} for adapters and KV cache and {} to run, in each model process; there are {} of \
+             main memory available to each; use {cure}",
             settings.model_id,
             size(weights),
             size(more),
             size(OVERHEAD_BYTES),
-            size(budget.bytes),
-            budget.place,
+            size(budget),
         ),
     )
 }

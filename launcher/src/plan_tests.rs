@@ -55,7 +55,7 @@ fn a_roomy_machine_holds_every_request_at_its_usual_length() {
         (1, 8, ADAPTERS)
     );
     assert_eq!((plan.max_total_tokens, plan.max_input_tokens), (8192, 8191));
-    assert_eq!(plan.kv_cache.expect("a cache").tokens(), 128 * 2048);
+    assert_eq!(plan.kv_cache.tokens(), 128 * 2048);
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn the_parts_never_exceed_the_machine() {
             else {
                 continue;
             };
-            let cache = plan.kv_cache.expect("a cache");
+            let cache = plan.kv_cache;
             let one = plan.weight_bytes + plan.adapter_bytes + plan.overhead_bytes + cache.bytes;
             assert!(
                 one * u64::from(plan.shards) <= machine.memory_available,
@@ -126,7 +126,7 @@ fn a_kv_cache_beyond_memory_is_refused() {
         &inspection(),
     )
     .expect("a plan");
-    assert_eq!(plan.kv_cache.expect("a cache").pages, 1024);
+    assert_eq!(plan.kv_cache.pages, 1024);
 }
 
 #[test]
@@ -165,21 +165,29 @@ fn room_for_loading_adapters_is_kept_when_clients_may_load_them() {
 }
 
 #[test]
-fn on_gpus_the_shard_sizes_its_own_cache() {
+fn a_machine_with_gpus_is_planned_by_its_main_memory_and_that_is_said() {
     let gpu = Gpu {
         name: "G".into(),
         memory_total: 8 * GIB,
         memory_available: 7 * GIB,
     };
-    let machine = Machine {
+    let with = Machine {
         gpus: vec![gpu.clone(), gpu],
         ..machine(64 * GIB)
     };
-    let plan = make(&settings(&["--sharded=true"]), &machine, &inspection()).expect("a plan");
-    assert_eq!((plan.shards, plan.kv_cache), (2, None));
-    let failure =
-        make(&settings(&["--num-shard=3"]), &machine, &inspection()).expect_err("two GPUs");
-    assert_eq!(failure.code, Code::Device);
+    for flags in [&["--sharded=true"][..], &["--num-shard=3"], &[]] {
+        let plan = make(&settings(flags), &with, &inspection()).expect("a plan");
+        let without = make(&settings(flags), &machine(64 * GIB), &inspection()).expect("a plan");
+        assert!(plan.kv_cache.bytes > 0);
+        assert!(plan.remarks[0].contains("computes on the CPU"), "{plan:?}");
+        assert_eq!(
+            Plan {
+                remarks: Vec::new(),
+                ..plan
+            },
+            without
+        );
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl Work<'_> {
 
     /// What the headers of all files say.
     pub fn inspection(&self, served: &Served) -> Result<Inspection, Failure> {
-        let shards = self.settings.shards.unwrap_or(1).to_string();
+        let shards = self.settings.shards.to_string();
         let dtype = self.settings.dtype.name();
         let adapters = commands::adapter_list(served);
         let mut args: Vec<&OsStr> =

@@ -21,8 +21,8 @@ pub struct Settings {
     pub allow_dynamic_lora: bool,
     pub dtype: Dtype,
     pub quantize: Option<Quantize>,
-    /// Number of model processes; nothing means one for every GPU.
-    pub shards: Option<u32>,
+    /// Number of model processes.
+    pub shards: u32,
     pub num_threads: Option<u32>,
     pub kv_cache_bytes: Option<u64>,
     pub adapter_bytes: Option<u64>,
@@ -33,6 +33,8 @@ pub struct Settings {
     pub cors_allow_origin: Vec<String>,
     pub api_key: Option<Secret>,
     pub api_key_file: Option<PathBuf>,
+    pub admin_api_key: Option<Secret>,
+    pub admin_api_key_file: Option<PathBuf>,
     pub operation: Operation,
     /// Remarks on flags that have no effect, or another one than elsewhere.
     pub remarks: Vec<String>,
@@ -113,11 +115,7 @@ impl Settings {
             allow_dynamic_lora: model.allow_dynamic_lora,
             dtype: model.dtype.unwrap_or(Dtype::Auto),
             quantize,
-            shards: shards.or(if sharding.sharded == Some(true) {
-                None
-            } else {
-                Some(1)
-            }),
+            shards: shards.unwrap_or(1),
             num_threads: sharding.num_threads,
             kv_cache_bytes: sharding.kv_cache_bytes,
             adapter_bytes: sharding.adapter_bytes,
@@ -128,6 +126,8 @@ impl Settings {
             cors_allow_origin: network.cors_allow_origin,
             api_key: network.api_key,
             api_key_file: network.api_key_file,
+            admin_api_key: network.admin_api_key,
+            admin_api_key_file: network.admin_api_key_file,
             operation,
             remarks,
         })

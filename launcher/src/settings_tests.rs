@@ -223,7 +223,7 @@ fn second_names_of_variables_are_read_when_the_first_is_not_set() {
             settings.shards,
             settings.adapters.len()
         ),
-        ("org/m", Some(4), 2)
+        ("org/m", 4, 2)
     );
     assert_eq!(
         check_with(&["--model-id=own"], &variables)

@@ -57,7 +57,7 @@ pub fn render(
             size(gpu.memory_available),
             size(gpu.memory_total)
         );
-        lines.push(row("", &format!("{} · {memory}", gpu.name)));
+        lines.push(row("", &format!("{} · {memory} · not used", gpu.name)));
     }
     lines.push(row(
         "processes",
@@ -106,29 +106,20 @@ pub fn render_processes(site: Site<'_>) -> String {
 }
 
 fn memory(plan: &Plan) -> Vec<String> {
-    let (cache, cache_bytes) = match plan.kv_cache {
-        Some(cache) => {
-            let pages = format!(
-                "{} pages of {} tokens: {} tokens",
-                grouped(cache.pages),
-                cache.page_tokens,
-                grouped(cache.tokens())
-            );
-            (pages, Some(cache.bytes))
-        }
-        None => (
-            "what the GPU has left after a step at the worst case".to_owned(),
-            None,
-        ),
-    };
+    let cache = plan.kv_cache;
+    let pages = format!(
+        "{} pages of {} tokens: {} tokens",
+        grouped(cache.pages),
+        cache.page_tokens,
+        grouped(cache.tokens())
+    );
     let parts = [
-        ("weights", Some(plan.weight_bytes), String::new()),
-        ("adapters", Some(plan.adapter_bytes), String::new()),
-        ("KV cache", cache_bytes, cache),
-        ("to run", Some(plan.overhead_bytes), String::new()),
+        ("weights", plan.weight_bytes, String::new()),
+        ("adapters", plan.adapter_bytes, String::new()),
+        ("KV cache", cache.bytes, pages),
+        ("to run", plan.overhead_bytes, String::new()),
     ];
-    let total: u64 = parts.iter().filter_map(|(_, bytes, _)| *bytes).sum();
-    let shown = |bytes: Option<u64>| bytes.map_or_else(|| "the rest".to_owned(), size);
+    let total: u64 = parts.iter().map(|(_, bytes, _)| *bytes).sum();
     let line = |head: &str, part: &str, amount: String, remark: &str| {
         row(
             head,
@@ -142,7 +133,7 @@ fn memory(plan: &Plan) -> Vec<String> {
             line(
                 if index == 0 { "memory" } else { "" },
                 part,
-                shown(*bytes),
+                size(*bytes),
                 remark,
             )
         })

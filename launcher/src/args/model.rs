@@ -57,7 +57,7 @@ pub struct Sharding {
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub num_shard: Option<u32>,
 
-    /// `true` uses every visible GPU, `false` uses one process
+    /// One process either way, because this version computes on the CPU; --num-shard starts more
     #[arg(long, env)]
     pub sharded: Option<bool>,
 

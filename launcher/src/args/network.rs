@@ -38,6 +38,15 @@ pub struct Network {
     #[arg(long, env, hide_env_values = true)]
     pub api_key_file: Option<PathBuf>,
 
+    /// Keys for loading, pinning and unloading adapters, as a comma list. Where one is set, callers with other keys
+    /// cannot do that; they do all else. Better set in the environment or by --admin-api-key-file
+    #[arg(long, env, hide_env_values = true)]
+    pub admin_api_key: Option<Secret>,
+
+    /// File with one admin key per line
+    #[arg(long, env, hide_env_values = true)]
+    pub admin_api_key_file: Option<PathBuf>,
+
     /// Serve a public address without any key
     #[arg(long, env, value_parser = FalseyValueParser::new())]
     pub allow_unauthenticated: bool,
