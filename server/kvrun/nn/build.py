@@ -24,7 +24,7 @@ from kvrun.nn.norms import Norm, norm_of
 from kvrun.nn.parts import Parts, Shared, build_mixer
 from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
-from kvrun.quant import Dense, DenseLinear, LinearFormat, choose
+from kvrun.quant import Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
 from kvrun.spec import mixers as spec_mixers
@@ -101,8 +101,8 @@ class _Build:
     """The walk over a description that makes its modules."""
 
     def __init__(self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group) -> None:
-        self.linears: list[Linear] = []
         self.shared = Shared(plan.split, group, dtype)
+        self.linears = self.shared.linears
         self._model, self._plan, self._loader, self._format, self._dense = model, plan, loader, weights, Dense()
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
@@ -179,17 +179,18 @@ class _Build:
     def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
         plan = plan_mixer(mixer, at, self._hidden, self.shared.split)
         linears = {key: self._linear(part) for key, part in plan.linears.items()}
-        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, self.shared))
+        folded = {key: self._weight(part).dense() for key, part in plan.folded.items()}
+        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, self.shared, folded))
 
     def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
-        return {key: self._loader.table(plan, self.shared.dtype) for key, plan in plans.items()}
+        return {key: self._loader.table(plan, torch.float32 if plan.exact else self.shared.dtype) for key, plan in plans.items()}
 
     def _linear(self, plan: LinearPlan) -> Linear:
-        weight = self._format.build(self._loader.linear(plan, self._format.tensors()), self.shared.dtype)
         bias = self._loader.bias(plan, self.shared.dtype)
-        linear = Linear(len(self.linears), plan.role, _sources(plan), weight, bias, plan.out_features, plan.in_features)
-        self.linears.append(linear)
-        return linear
+        return self.shared.linear(plan.role, _sources(plan), self._weight(plan), bias, plan.out_features, plan.in_features)
+
+    def _weight(self, plan: LinearPlan) -> QuantizedLinear:
+        return self._format.build(self._loader.linear(plan, self._format.tensors()), self.shared.dtype)
 
 
 def _sources(plan: LinearPlan) -> tuple[Source, ...]:
@@ -197,6 +198,6 @@ def _sources(plan: LinearPlan) -> tuple[Source, ...]:
     for cut in plan.cuts:
         rows = indices(cut.rows)
         cols = None if cut.cols == ((0, cut.in_features),) else indices(cut.cols)
-        sources.append(Source(cut.module, rows, column, cols, cut.out_features, cut.in_features))
+        sources.append(Source(cut.module, rows, column, cols, cut.out_features, cut.in_features, cut.alias, cut.flipped))
         column += len(rows)
     return tuple(sources)

@@ -3,12 +3,14 @@ the adapter table's; this file only joins the two."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from kvrun.quant.format import QuantizedLinear
+from kvrun.weights.plan import Alias
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Source:
     cols: Tensor | None  # int64, input columns of the whole module; None = all
     out_features: int  # of the whole module
     in_features: int  # of the whole module
+    alias: Alias | None = None  # where adapters may hold the module's change too
+    flipped: bool = False  # an adapter's A has the module's outputs and B its inputs
 
 
 class LinearDelta(Protocol):
@@ -32,6 +36,18 @@ class LinearDelta(Protocol):
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to y, in place, what the adapters of its rows make of x. x [T, in_features] · y [T, out_features]."""
+
+    def embed(self, ids: Tensor, x: Tensor) -> None:
+        """Add to x, in place, what the adapters of its rows change in the embeddings of ids. ids [T] · x [T, width]."""
+
+    def picked(self, tokens: Tensor) -> LinearDelta:
+        """The same for a choice of the step's tokens, [S] int64, in their order."""
+
+    def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
+        """The same for rows that belong to many linears: rows offsets[g] to offsets[g + 1] to linear sites[g].
+
+        tokens [rows] int64: the token each row was made of, ascending within a group.
+        """
 
 
 class Linear:

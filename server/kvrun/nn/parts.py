@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvrun.dist import Group
 from kvrun.errors import Unsupported
-from kvrun.nn.linear import Linear
+from kvrun.nn.linear import Linear, Source
 from kvrun.nn.positions import RotaryTable
 from kvrun.nn.step import Mixer
+from kvrun.quant.format import QuantizedLinear
 from kvrun.spec import Rope
 from kvrun.spec import mixers as spec
 from kvrun.state.shapes import PageShape
@@ -41,6 +42,14 @@ class Shared:
     dtype: torch.dtype
     rotaries: dict[Rope, RotaryTable] = field(default_factory=dict)
     pages: list[PageShape] = field(default_factory=list)  # one per layer that keeps keys and values
+    linears: list[Linear] = field(default_factory=list)  # every linear that adapters may change, by site
+
+    def linear(
+        self, role: str, sources: tuple[Source, ...], weight: QuantizedLinear, bias: Tensor | None, out_features: int, in_features: int
+    ) -> Linear:
+        """A linear that adapters find by its sources."""
+        self.linears.append(Linear(len(self.linears), role, sources, weight, bias, out_features, in_features))
+        return self.linears[-1]
 
     def rotary(self, rope: Rope) -> RotaryTable:
         """The table of a rotary embedding; layers that rotate alike share it."""
@@ -62,6 +71,7 @@ class Parts:
     tables: Mapping[str, Tensor]
     pages: PageShape | None
     shared: Shared
+    folded: Mapping[str, Tensor] = field(default_factory=dict)  # [out, in]
 
 
 @singledispatch

@@ -6,8 +6,9 @@ from typing import Any
 from kvrun.errors import Unsupported
 from kvrun.quant.dense import Dense, DenseLinear
 from kvrun.quant.format import Axes, LinearFormat, QuantizedLinear
+from kvrun.quant.grouped import grouped_matmul
 
-__all__ = ["Axes", "Dense", "DenseLinear", "LinearFormat", "QuantizedLinear", "choose"]
+__all__ = ["Axes", "Dense", "DenseLinear", "LinearFormat", "QuantizedLinear", "choose", "grouped_matmul"]
 
 
 def choose(quantize: str | None, stored: Mapping[str, Any] | None) -> LinearFormat:

@@ -28,16 +28,16 @@ class DenseLinear:
 
     def __init__(self, weight: Tensor) -> None:
         """weight [out, in]; not kept beside its packed form."""
-        self._packed = ops.pack_linear(weight.contiguous())
+        self.packed = ops.pack_linear(weight.contiguous())
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
-        return ops.linear(x, self._packed, bias)
+        return ops.linear(x, self.packed, bias)
 
     def dense(self) -> Tensor:
         """The weight, [out, in]."""
-        return self._packed.dense()
+        return self.packed.dense()
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the weight, [ids, in]: a tied embedding looks them up in the head's own copy."""
-        return self._packed.rows(ids)
+        return self.packed.rows(ids)

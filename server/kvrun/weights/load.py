@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvrun.errors import FilesError, Unsupported
 from kvrun.weights.checkpoint import Checkpoint, extent
 from kvrun.weights.naming import Naming
-from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan
+from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, TablePlan
 from kvrun.weights.shard import Axes
 from kvrun.weights.split import Runs, merge
 
@@ -70,7 +70,7 @@ class Loader:
         at = 0
         for cut in plan.cuts:
             (rows,) = extent((cut.rows,))
-            self.checkpoint.read(self.naming(f"{cut.module}.bias"), (cut.rows,), out[at : at + rows])
+            self._read(cut, "bias", (cut.rows,), out[at : at + rows])
             at += rows
         return out
 
@@ -79,8 +79,9 @@ class Loader:
 
         flip = plan.transposed and suffix == "weight"
         axes = axes.flipped() if flip else axes
-        names = [self.naming(f"{cut.module}.{suffix}") for cut in plan.cuts]
-        spans = [axes.spans(cut, self.checkpoint.entries[name].shape) for cut, name in zip(plan.cuts, names, strict=True)]
+        names = [self.naming(cut.tensor(suffix)) for cut in plan.cuts]
+        shapes = [self.checkpoint.entries[name].shape[cut.index is not None :] for cut, name in zip(plan.cuts, names, strict=True)]
+        spans = [axes.spans(cut, shape) for cut, shape in zip(plan.cuts, shapes, strict=True)]
         if len(spans) > 1 and axes.out is None:
             raise Unsupported(f"{names[0]} has no output axis to join {len(spans)} parts along; this format needs its own rule")
         joined = list(extent(spans[0]))
@@ -88,11 +89,18 @@ class Loader:
             joined[axes.out] = sum(extent(span)[axes.out] for span in spans)
         out = torch.empty(joined, dtype=torch_dtype(self.checkpoint.entries[names[0]].dtype))
         at = 0
-        for name, span in zip(names, spans, strict=True):
+        for cut, span in zip(plan.cuts, spans, strict=True):
             rows = extent(span)[axes.out] if axes.out is not None else 0
-            self.checkpoint.read(name, span, out if axes.out is None else out.narrow(axes.out, at, rows))
+            self._read(cut, suffix, span, out if axes.out is None else out.narrow(axes.out, at, rows))
             at += rows
         return out.t() if flip else out
+
+    def _read(self, cut: Cut, suffix: str, spans: tuple[Runs, ...], out: Tensor) -> None:
+        name = self.naming(cut.tensor(suffix))
+        if cut.index is None:
+            self.checkpoint.read(name, spans, out)
+        else:
+            self.checkpoint.read(name, (((cut.index[0], cut.index[0] + 1),), *spans), out.unsqueeze(0))
 
     def _wanted(self, plan: ModelPlan, axes: Mapping[str, Axes]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
@@ -102,9 +110,9 @@ class Loader:
             for cut in linear.cuts:
                 whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
                 for suffix, axis in axes.items():
-                    yield self.naming(f"{cut.module}.{suffix}"), whole if axis.plain else None
+                    yield self.naming(cut.tensor(suffix)), cut.stacked(whole) if axis.plain else None
                 if linear.bias:
-                    yield self.naming(f"{cut.module}.bias"), (cut.out_features,)
+                    yield self.naming(cut.tensor("bias")), cut.stacked((cut.out_features,))
 
     def stored(self, plan: TablePlan) -> str:
         """The name under which the checkpoint has a table."""

@@ -19,6 +19,17 @@ Role = Literal["column", "row", "whole"]
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A parameter's name under which adapters know a module too, as the rows from `first` of one of `count` matrices."""
+
+    parameter: str  # "model.layers.3.mlp.experts.gate_up_proj"
+    out_features: int  # of each matrix
+    index: int = 0
+    count: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class Cut:
     """Rows and columns of one checkpoint module, counted in out x in whichever way it is stored."""
 
@@ -27,6 +38,20 @@ class Cut:
     cols: Runs
     out_features: int  # of the whole module
     in_features: int  # of the whole module
+    bare: bool = False  # its tensors are called after it, "w" and "w_bias", not "w.weight" and "w.bias"
+    index: tuple[int, int] | None = None  # which of how many, where a first axis of its tensors runs over modules of one shape
+    alias: Alias | None = None
+    flipped: bool = False  # an adapter's A has its outputs and B its inputs
+
+    def tensor(self, suffix: str) -> str:
+        """The name of one of its tensors."""
+        if not self.bare:
+            return f"{self.module}.{suffix}"
+        return self.module if suffix == "weight" else f"{self.module}_{suffix}"
+
+    def stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of it that would be `shape` if it were the only one."""
+        return shape if self.index is None else (self.index[1], *shape)
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,7 @@ class TablePlan:
     shape: tuple[int, ...]
     rows: Runs
     instead: str | None = None  # the tensor to read when the checkpoint lacks this one: the other of two tied names
+    exact: bool = False  # held in float32, whatever the model's own type
 
     @property
     def elements(self) -> int:
@@ -74,6 +100,7 @@ class MixerPlan:
     pages: PageShape | None = None
     page_use: PageUse = PageUse.SEQUENCE
     slots: tuple[SlotShape, ...] = ()
+    folded: Mapping[str, LinearPlan] = field(default_factory=dict)  # matrices that the module takes apart and makes others of
 
 
 @dataclass(frozen=True)
@@ -138,7 +165,7 @@ def plan_model(model: Model, split: Split) -> ModelPlan:
                 plan.tables += plan_norm(norm, layer.at, embed.hidden).values()
             for mixer in mixers(step):
                 part = plan_mixer(mixer, layer.at, embed.hidden, split)
-                plan.linears += part.linears.values()
+                plan.linears += (*part.linears.values(), *part.folded.values())
                 plan.tables += part.tables.values()
                 plan.slots += part.slots
                 if part.pages is not None:

@@ -1,0 +1,8 @@
+"""Mixtral."""
+
+from tiny.row import LLAMA, Row
+
+ROWS = {
+    "mixtral": Row("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral_windowed": Row("mixtral", {**LLAMA, "num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 8}),
+}
