@@ -122,6 +122,18 @@ pub struct Args {
     /// File with one API key per line
     #[arg(long, env)]
     pub api_key_file: Option<PathBuf>,
+    /// Keys for loading, pinning and unloading adapters, comma between them; from the environment only
+    #[arg(
+        long = "admin-api-key-from-environment",
+        env = "ADMIN_API_KEY",
+        hide = true,
+        hide_env_values = true,
+        default_value = ""
+    )]
+    pub admin_api_keys: String,
+    /// File with one admin key per line; where there is one (or ADMIN_API_KEY), API keys load, pin and unload no adapter
+    #[arg(long, env)]
+    pub admin_api_key_file: Option<PathBuf>,
     /// Serves others without an API key
     #[arg(long, env)]
     pub allow_unauthenticated: bool,
@@ -221,26 +233,17 @@ impl Args {
 
     /// The API keys of environment and file.
     pub fn keys(&self) -> Result<Keys, ConfigError> {
-        let file = match &self.api_key_file {
-            Some(path) => std::fs::read_to_string(path).map_err(|error| {
-                ConfigError(format!(
-                    "--api-key-file {} cannot be read: {error}",
-                    path.display()
-                ))
-            })?,
-            None => String::new(),
-        };
-        let keys = Keys::new(self.api_keys.split(',').chain(file.lines()));
-        if self.api_key_file.is_some() && keys.is_open() {
-            return Err(ConfigError(
-                "--api-key-file holds no key; write one per line".to_owned(),
-            ));
-        }
-        Ok(keys)
+        read_keys(&self.api_keys, &self.api_key_file, "--api-key-file")
+    }
+
+    /// The admin keys of environment and file.
+    pub fn admin_keys(&self) -> Result<Keys, ConfigError> {
+        let file = &self.admin_api_key_file;
+        read_keys(&self.admin_api_keys, file, "--admin-api-key-file")
     }
 
     /// How the HTTP side behaves.
-    pub fn settings(&self, keys: Keys) -> Settings {
+    pub fn settings(&self, keys: Keys, admin_keys: Keys) -> Settings {
         Settings {
             model_id: self.model_name(),
             model_revision: self.revision.clone(),
@@ -254,6 +257,7 @@ impl Args {
             validation_workers: self.validation_workers.max(1),
             request_timeout: Duration::from_secs(self.request_timeout.max(1)),
             keys,
+            admin_keys,
             cors_origins: self.cors_allow_origin.clone(),
             lora_dir: self.lora_dir.clone(),
             allow_dynamic_lora: self.allow_dynamic_lora,
@@ -279,6 +283,20 @@ impl Args {
             .map(|(_, name)| name)
             .collect()
     }
+}
+
+/// Keys of a comma list and of a file, which must hold some if it is named.
+fn read_keys(list: &str, file: &Option<PathBuf>, flag: &str) -> Result<Keys, ConfigError> {
+    let text = match file {
+        Some(path) => std::fs::read_to_string(path).map_err(|error| {
+            ConfigError(format!("{flag} {} cannot be read: {error}", path.display()))
+        })?,
+        None => String::new(),
+    };
+    if file.is_some() && Keys::new(text.lines()).is_open() {
+        return Err(ConfigError(format!("{flag} holds no key; write one per line")));
+    }
+    Ok(Keys::new(list.split(',').chain(text.lines())))
 }
 
 /// A program that is installed beside this one.

@@ -23,6 +23,8 @@ use crate::{control, inherited, server};
 const CLOSING: Duration = Duration::from_secs(5);
 /// Texts that may wait for a tokenizer thread.
 const TOKENIZER_QUEUE: usize = 256;
+/// Longest time that one text may wait for such a thread, and then be worked on.
+const TOKENIZING: Duration = Duration::from_secs(2);
 
 /// The process cannot go on; the code says why to whoever started it.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +138,7 @@ fn log(args: &Args) -> Result<(), Fatal> {
 
 fn start(args: Args) -> Result<(), Fatal> {
     let keys = args.keys().map_err(Fatal::config)?;
+    let admin_keys = args.admin_keys().map_err(Fatal::config)?;
     let adapters = args.adapters().map_err(Fatal::config)?;
     let (http, metrics) = bind(&args, &keys)?;
     let control = match args.control_fd {
@@ -152,7 +155,7 @@ fn start(args: Args) -> Result<(), Fatal> {
     let tokenizer = Tokenizer::load(&args.tokenizer_name).map_err(Fatal::files)?;
     let templates = ChatTemplates::load(&args.tokenizer_name).map_err(Fatal::files)?;
     let workers = args.validation_workers;
-    let text = TokenizerPool::start(tokenizer, workers, TOKENIZER_QUEUE)
+    let text = TokenizerPool::start(tokenizer, workers, TOKENIZER_QUEUE, TOKENIZING)
         .map_err(|error| Fatal::new(70, error))?;
     let options = EngineOptions {
         sockets: args.sockets(),
@@ -167,7 +170,7 @@ fn start(args: Args) -> Result<(), Fatal> {
         adapters,
         control: control::channel(control),
     };
-    let settings = args.settings(keys);
+    let settings = args.settings(keys, admin_keys);
     let grace = Duration::from_secs(args.graceful_termination_timeout);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

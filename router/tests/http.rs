@@ -187,7 +187,7 @@ async fn truncate_keeps_the_end_of_the_prompt() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_string_cuts_whole_and_streamed_answers_alike() {
+async fn a_stop_string_ends_whole_and_streamed_answers_alike_and_only_openai_s_lose_it() {
     let server = serve().await;
     let (_, free) = server
         .ask(
@@ -203,7 +203,8 @@ async fn a_stop_string_cuts_whole_and_streamed_answers_alike() {
         .nth(whole.chars().count() / 2)
         .unwrap();
     let stop: String = whole[at..].chars().take(7).collect();
-    let expected = &whole[..whole.find(&stop).unwrap()];
+    let cut = &whole[..whole.find(&stop).unwrap()];
+    let expected = format!("{cut}{stop}");
     let parameters = json!({"max_new_tokens": 40, "stop": [stop], "details": true});
     let body = json!({"inputs": "stop", "parameters": parameters});
     let (_, answer) = server.ask("/generate", body.clone()).await;
@@ -216,10 +217,22 @@ async fn a_stop_string_cuts_whole_and_streamed_answers_alike() {
         .map(|event| event["token"]["text"].as_str().unwrap())
         .collect();
     assert_eq!(joined, expected);
-    assert_eq!(
-        events.last().unwrap()["details"]["finish_reason"],
-        "stop_sequence"
-    );
+    let last = events.last().unwrap();
+    assert_eq!(last["generated_text"], expected);
+    assert_eq!(last["details"]["finish_reason"], "stop_sequence");
+    let mut body =
+        json!({"model": "tgi", "prompt": "stop", "max_tokens": 40, "temperature": 0.0, "stop": [stop]});
+    let (_, answer) = server.ask("/v1/completions", body.clone()).await;
+    assert_eq!(answer["choices"][0]["text"], cut);
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    body["stream"] = json!(true);
+    let mut events = server.events("/v1/completions", body).await;
+    assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+    let joined: String = served::json_events(&events)
+        .iter()
+        .map(|event| event["choices"][0]["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(joined, cut);
     server.idle().await;
 }
 

@@ -95,6 +95,52 @@ async fn every_route_but_the_health_checks_needs_a_key() {
     );
 }
 
+/// Routes that change what is served, as method, path and body.
+fn administration() -> [(&'static str, &'static str, Value); 5] {
+    [
+        ("POST", "/v1/adapters", json!({"name": "cold", "path": "cold"})),
+        ("POST", "/v1/adapters/cold/pin", json!({})),
+        ("POST", "/v1/adapters/cold/unpin", json!({})),
+        ("DELETE", "/v1/adapters/cold", json!({})),
+        ("POST", "/download_lora_adapter", json!({"lora_id": "warm"})),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_there_is_an_admin_key_others_change_no_adapter() {
+    for keys in [Keys::new(["plain"]), Keys::default()] {
+        let open = keys.is_open();
+        let server = serve_with(|setup| {
+            setup.settings.keys = keys;
+            setup.settings.admin_keys = Keys::new(["boss"]);
+        })
+        .await;
+        let ask = async |key: Option<&str>, method: &str, path: &str, body: &Value| {
+            let url = format!("{}{path}", server.url);
+            let request = server.client.request(method.parse().unwrap(), url).json(body);
+            let request = match key {
+                Some(key) => request.bearer_auth(key),
+                None => request,
+            };
+            request.send().await.unwrap().status().as_u16()
+        };
+        for (method, path, body) in administration() {
+            let plain = if open { 401 } else { 403 };
+            assert_eq!(ask(Some("plain"), method, path, &body).await, plain, "{path}");
+            assert_eq!(ask(None, method, path, &body).await, 401, "{path}");
+            assert_eq!(ask(Some("boss"), method, path, &body).await, 200, "{path}");
+        }
+        let asked = json!({"inputs": "Hi", "parameters": {"max_new_tokens": 1}});
+        for key in ["plain", "boss"] {
+            assert_eq!(ask(Some(key), "POST", "/generate", &asked).await, 200);
+            assert_eq!(ask(Some(key), "GET", "/v1/adapters", &json!({})).await, 200);
+        }
+        let anonymous = if open { 200 } else { 401 };
+        assert_eq!(ask(None, "POST", "/generate", &asked).await, anonymous);
+        assert_eq!(ask(None, "PUT", "/v1/adapters", &asked).await, 405);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_are_not_printed() {
     assert_eq!(format!("{:?}", Keys::new(["secret", "other"])), "2 keys");

@@ -133,7 +133,10 @@ impl Generation {
             answer: Some(answer),
             detokenizer: Detokenizer::new(tokenizer.clone()),
             tokenizer,
-            stop: StopMatcher::new(&checked.stop),
+            stop: match checked.keep_stop {
+                true => StopMatcher::keeping(&checked.stop),
+                false => StopMatcher::new(&checked.stop),
+            },
             end_tokens,
             max_new_tokens,
             pending: Vec::new(),

@@ -41,6 +41,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// Who may ask.
     pub keys: Keys,
+    /// Who may load, pin and unload adapters, and do all else; when there are none, whoever may ask.
+    pub admin_keys: Keys,
     /// Origins whose pages may ask; none by default.
     pub cors_origins: Vec<String>,
     /// The folder beneath which adapters may be loaded over HTTP.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::Extension;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
@@ -47,11 +48,8 @@ impl Keys {
         self.0.is_empty()
     }
 
-    /// The tenant behind the headers' key, or `None` for a stranger. Takes the same time for every wrong key.
+    /// The tenant behind the headers' key, or `None` when it is none of these. Takes the same time for every wrong key.
     fn tenant(&self, headers: &HeaderMap) -> Option<Arc<str>> {
-        if self.is_open() {
-            return Some("anonymous".into());
-        }
         let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
         let (scheme, key) = value.split_once(' ')?;
         if !scheme.eq_ignore_ascii_case("bearer") {
@@ -87,16 +85,18 @@ pub async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let Some(tenant) = app.settings.keys.tenant(request.headers()) else {
-        counter!(names::AUTH_FAILURES).increment(1);
-        return Err(ApiError::new(
-            Kind::Unauthorized,
-            "no valid API key; send `Authorization: Bearer KEY`",
-        ));
+    let (keys, admin_keys) = (&app.settings.keys, &app.settings.admin_keys);
+    let admin = admin_keys.tenant(request.headers());
+    let is_admin = admin.is_some();
+    let known = keys.tenant(request.headers()).or(admin);
+    let anyone = || keys.is_open().then(|| "anonymous".into());
+    let Some(tenant) = known.or_else(anyone) else {
+        return Err(stranger("no valid API key; send `Authorization: Bearer KEY`"));
     };
     let arrived = Instant::now();
     let caller = Caller {
         tenant,
+        administers: is_admin || admin_keys.is_open(),
         request_id: request_id(&request),
         arrived,
         deadline: arrived + patience(&app, request.headers())?,
@@ -104,6 +104,28 @@ pub async fn authenticate(
     };
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
+}
+
+/// Lets only those pass who may change what is served; [`authenticate`] has found out who asks.
+pub async fn administer(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    if caller.administers {
+        return Ok(next.run(request).await);
+    }
+    let text = "adapters are loaded, pinned and unloaded with the admin key; send `Authorization: Bearer KEY` with it";
+    Err(match app.settings.keys.is_open() {
+        true => stranger(text),
+        false => ApiError::new(Kind::Forbidden, text),
+    })
+}
+
+fn stranger(text: &str) -> ApiError {
+    counter!(names::AUTH_FAILURES).increment(1);
+    ApiError::new(Kind::Unauthorized, text)
 }
 
 fn patience(app: &App, headers: &HeaderMap) -> Result<Duration, ApiError> {

@@ -276,7 +276,9 @@ impl From<EncodeError> for ApiError {
     fn from(error: EncodeError) -> Self {
         let message = error.to_string();
         match error {
-            EncodeError::TooLong { .. } | EncodeError::Unfit(_) => Self::field("inputs", message),
+            EncodeError::TooLong { .. } | EncodeError::TooSlow { .. } | EncodeError::Unfit(_) => {
+                Self::field("inputs", message)
+            }
             EncodeError::Busy => Self::new(Kind::Overloaded, message).after(Duration::from_secs(1)),
         }
     }

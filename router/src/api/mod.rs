@@ -24,7 +24,7 @@ mod validate;
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use tower_http::cors::CorsLayer;
 use utoipa::OpenApi;
 use utoipa_swagger_ui::SwaggerUi;
@@ -34,8 +34,19 @@ use error::{ApiError, Kind};
 use openai::{chat, completions, models};
 use tgi::{generate, tokenize};
 
-/// Every route. All but the health checks need a key where keys are set.
+/// Every route. All but the health checks need a key where keys are set, and those that change what is served need an
+/// admin key where one is set.
 pub fn routes(app: &App) -> Router {
+    let administration = Router::new()
+        .route("/v1/adapters", post(adapters::load))
+        .route("/v1/adapters/{name}", delete(adapters::unload))
+        .route("/v1/adapters/{name}/pin", post(adapters::pin))
+        .route("/v1/adapters/{name}/unpin", post(adapters::unpin))
+        .route(
+            "/download_lora_adapter",
+            post(adapters::download_lora_adapter),
+        )
+        .route_layer(from_fn_with_state(app.clone(), auth::administer));
     let guarded = Router::new()
         .route("/", post(generate::compat_generate))
         .route("/generate", post(generate::generate))
@@ -47,20 +58,12 @@ pub fn routes(app: &App) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*model}", get(models::get))
-        .route("/v1/adapters", get(adapters::list).post(adapters::load))
-        .route(
-            "/v1/adapters/{name}",
-            get(adapters::get).delete(adapters::unload),
-        )
-        .route("/v1/adapters/{name}/pin", post(adapters::pin))
-        .route("/v1/adapters/{name}/unpin", post(adapters::unpin))
-        .route(
-            "/download_lora_adapter",
-            post(adapters::download_lora_adapter),
-        )
+        .route("/v1/adapters", get(adapters::list))
+        .route("/v1/adapters/{name}", get(adapters::get))
         .route("/info", get(info::info))
         .route("/metrics", get(info::metrics))
         .merge(SwaggerUi::new("/docs").url("/api-doc/openapi.json", docs::Document::openapi()))
+        .merge(administration)
         .route_layer(from_fn_with_state(app.clone(), auth::authenticate));
     let open = Router::new()
         .route("/", get(info::health))

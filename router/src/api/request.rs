@@ -71,8 +71,10 @@ pub struct GenerateRequest {
     pub min_new_tokens: Option<i64>,
     /// Keeps only this many tokens at the prompt's end.
     pub truncate: Option<i64>,
-    /// Strings that end the answer and are not part of it.
+    /// Strings that end the answer.
     pub stop: Vec<String>,
+    /// Whether the string that ended the answer is its end, as on TGI's routes, or no part of it, as on OpenAI's.
+    pub keep_stop: bool,
     /// Whether end tokens are ordinary ones.
     pub ignore_eos: bool,
     /// Alternatives to report with each token.
@@ -88,6 +90,8 @@ pub struct GenerateRequest {
 pub struct Caller {
     /// A digest of the API key, or "anonymous".
     pub tenant: Arc<str>,
+    /// Whether adapters may be loaded, pinned and unloaded.
+    pub administers: bool,
     /// The request's own id, also in logs and the `x-request-id` header.
     pub request_id: Arc<str>,
     /// When its headers were read.

@@ -35,6 +35,8 @@ pub struct Checked {
     pub adapter: Option<AdapterMark>,
     /// Strings that end the answer.
     pub stop: Vec<String>,
+    /// Whether the one that does belongs to it.
+    pub keep_stop: bool,
     /// The prompt as text, as sent; empty when it came as ids.
     pub prompt_text: String,
 }
@@ -151,6 +153,7 @@ pub async fn validate(
         },
         adapter,
         stop: request.stop,
+        keep_stop: request.keep_stop,
         prompt_text,
     })
 }

@@ -88,7 +88,9 @@ pub async fn serve_with(change: impl FnOnce(&mut Setup)) -> Served {
     kvrun_router::metrics::install();
     let engine = Engine::start(setup.engine);
     let tokenizer = Tokenizer::load(home.path()).unwrap();
-    let pool = TokenizerPool::start(Tokenizer::load(home.path()).unwrap(), 2, 64).unwrap();
+    let patience = Duration::from_secs(10);
+    let pool =
+        TokenizerPool::start(Tokenizer::load(home.path()).unwrap(), 2, 64, patience).unwrap();
     let templates = ChatTemplates::load(home.path()).unwrap();
     let app = App::new(engine.clone(), pool, templates, setup.settings);
     let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -131,6 +133,7 @@ fn settings(home: &Path) -> Settings {
         validation_workers: 2,
         request_timeout: Duration::from_secs(60),
         keys: Keys::default(),
+        admin_keys: Keys::default(),
         cors_origins: vec![],
         lora_dir: Some(home.join("adapters")),
         allow_dynamic_lora: false,

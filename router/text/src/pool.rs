@@ -2,8 +2,10 @@
 
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::tokenizer::{Encoded, Tokenizer};
 
@@ -18,9 +20,15 @@ pub enum EncodeError {
         /// Most bytes that are looked at.
         limit: usize,
     },
-    /// All workers are busy and their queue is full.
+    /// All workers are busy, and their queue is full or did not move for the time limit.
     #[error("too many texts wait to be tokenized; retry shortly")]
     Busy,
+    /// The tokenizer did not get through the text in time.
+    #[error("the text takes longer than {} s to tokenize; shorten it or break up its long runs", limit.as_secs_f64())]
+    TooSlow {
+        /// The time it was given.
+        limit: Duration,
+    },
     /// The tokenizer has no encoding for the text.
     #[error("the text cannot be tokenized: {0}")]
     Unfit(String),
@@ -29,6 +37,8 @@ pub enum EncodeError {
 struct Job {
     text: String,
     add_special: bool,
+    /// Told when a worker takes it up.
+    begun: oneshot::Sender<()>,
     reply: oneshot::Sender<Result<Encoded, String>>,
 }
 
@@ -37,11 +47,18 @@ struct Job {
 pub struct TokenizerPool {
     tokenizer: Arc<Tokenizer>,
     jobs: SyncSender<Job>,
+    limit: Duration,
 }
 
 impl TokenizerPool {
-    /// Starts `workers` threads (at least one) that take up to `queue` waiting texts.
-    pub fn start(tokenizer: Tokenizer, workers: usize, queue: usize) -> std::io::Result<Self> {
+    /// Starts `workers` threads (at least one) that take up to `queue` waiting texts, each of which may wait for `limit`
+    /// and then be worked on for `limit`.
+    pub fn start(
+        tokenizer: Tokenizer,
+        workers: usize,
+        queue: usize,
+        limit: Duration,
+    ) -> std::io::Result<Self> {
         let tokenizer = Arc::new(tokenizer);
         let (jobs, waiting) = sync_channel(queue.max(1));
         let waiting = Arc::new(Mutex::new(waiting));
@@ -51,7 +68,11 @@ impl TokenizerPool {
                 .name(format!("tokenize-{number}"))
                 .spawn(move || work(&tokenizer, &waiting))?;
         }
-        Ok(Self { tokenizer, jobs })
+        Ok(Self {
+            tokenizer,
+            jobs,
+            limit,
+        })
     }
 
     /// The tokenizer itself, for the cheap direction: ids to text.
@@ -60,6 +81,9 @@ impl TokenizerPool {
     }
 
     /// Tokenizes `text`; more than `byte_limit` bytes are refused unread.
+    ///
+    /// A tokenizer cannot be interrupted: at the time limit the caller is answered, and the worker comes back when it is
+    /// through, which the byte limit bounds.
     pub async fn encode(
         &self,
         text: String,
@@ -72,10 +96,12 @@ impl TokenizerPool {
                 limit: byte_limit,
             });
         }
+        let (begun, taken_up) = oneshot::channel();
         let (reply, answer) = oneshot::channel();
         let job = Job {
             text,
             add_special,
+            begun,
             reply,
         };
         self.jobs.try_send(job).map_err(|error| match error {
@@ -84,7 +110,13 @@ impl TokenizerPool {
                 EncodeError::Unfit("no tokenizer thread is left".into())
             }
         })?;
-        match answer.await {
+        let limit = self.limit;
+        // A worker that vanished shows in the answer.
+        let _ = timeout(limit, taken_up)
+            .await
+            .map_err(|_| EncodeError::Busy)?;
+        let late = |_| EncodeError::TooSlow { limit };
+        match timeout(limit, answer).await.map_err(late)? {
             Ok(encoded) => encoded.map_err(EncodeError::Unfit),
             Err(_) => Err(EncodeError::Unfit("the tokenizer gave up on it".into())),
         }
@@ -102,6 +134,7 @@ fn work(tokenizer: &Tokenizer, waiting: &Mutex<Receiver<Job>>) {
         if job.reply.is_closed() {
             continue;
         }
+        let _ = job.begun.send(());
         // A tokenizer that panics on one text must not take the thread, and with it every later text, along.
         let encoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             tokenizer.encode(&job.text, job.add_special)

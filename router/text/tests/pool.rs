@@ -4,12 +4,36 @@
 mod support;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvrun_text::{EncodeError, Tokenizer, TokenizerPool};
 
 fn pool() -> TokenizerPool {
     let tokenizer = Arc::into_inner(support::sentence_piece()).unwrap();
-    TokenizerPool::start(tokenizer, 2, 4).unwrap()
+    TokenizerPool::start(tokenizer, 2, 4, Duration::from_secs(10)).unwrap()
+}
+
+#[tokio::test]
+async fn a_text_that_takes_too_long_is_refused_and_its_worker_comes_back() {
+    let limit = Duration::from_millis(50);
+    let tokenizer = Arc::into_inner(support::sentence_piece()).unwrap();
+    let pool = TokenizerPool::start(tokenizer, 1, 4, limit).unwrap();
+    let long = "the ".repeat(150_000);
+    let begun = Instant::now();
+    let refused = pool.encode(long, true, usize::MAX).await.unwrap_err();
+    assert_eq!(refused, EncodeError::TooSlow { limit });
+    let answered = begun.elapsed();
+    // The only worker is busy with it still.
+    let waiting = pool.encode("the".into(), true, 100).await.unwrap_err();
+    assert_eq!(waiting, EncodeError::Busy);
+    while pool.encode("the".into(), true, 100).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+    let through = begun.elapsed();
+    assert!(
+        answered < through / 2,
+        "answered {answered:?}, through {through:?}"
+    );
 }
 
 #[tokio::test]

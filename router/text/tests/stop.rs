@@ -46,6 +46,29 @@ proptest! {
     }
 
     #[test]
+    fn a_kept_stop_ends_the_text_and_nothing_is_held_back(
+        pieces in prop::collection::vec("[abé]{0,4}", 0..10),
+        stops in prop::collection::vec("[abé]{1,5}", 0..4),
+    ) {
+        let mut matcher = StopMatcher::keeping(&stops);
+        let (mut text, mut stopped) = (String::new(), None);
+        for piece in &pieces {
+            let pushed = matcher.push(piece);
+            text.push_str(&pushed.text);
+            if pushed.stopped.is_some() {
+                stopped = pushed.stopped;
+                break;
+            }
+            prop_assert_eq!(&pushed.text, piece);
+            prop_assert!(!matcher.holds());
+        }
+        prop_assert_eq!(matcher.flush(), "");
+        let (mut expected, which) = naive(&pieces.concat(), &stops);
+        expected.push_str(which.map_or("", |which| &stops[which]));
+        prop_assert_eq!((text, stopped), (expected, which));
+    }
+
+    #[test]
     fn held_text_is_a_proper_beginning_of_a_stop(
         pieces in prop::collection::vec("[abé]{0,4}", 0..10),
         stops in prop::collection::vec("[abé]{1,5}", 1..4),

@@ -89,6 +89,7 @@ pub fn read(
             min_new_tokens: common.min_tokens,
             truncate: None,
             stop: common.stop,
+            keep_stop: false,
             ignore_eos: common.ignore_eos,
             top_logprobs: alternatives,
             prompt_logprobs: false,

@@ -90,6 +90,7 @@ pub fn asked(
             min_new_tokens: None,
             truncate: parameters.truncate,
             stop: parameters.stop.unwrap_or_default(),
+            keep_stop: true,
             ignore_eos: parameters.ignore_eos_token == Some(true),
             top_logprobs,
             prompt_logprobs,
