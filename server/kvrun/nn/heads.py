@@ -13,7 +13,7 @@ from kvrun.nn.norms import Norm, norm_of
 from kvrun.nn.parts import Parts
 from kvrun.spec import Attention, HeadNorm, ProjectionNorm, QueryKeyNorm
 from kvrun.spec import norms as spec
-from kvrun.weights.split import HeadShare
+from kvrun.weights.split import HeadShare, Span
 
 # q [T, heads, dim], k [T, kv_heads, dim] -> the same, new tensors
 HeadsNorm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -79,7 +79,12 @@ def heads_norm(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, parts: Pa
             parts.shared.group,
         )
     bare = (norm_of(_bare(side), {}) for side in (norm.query, norm.key))
-    return PerHead(*bare, sides[0]["weight"], sides[1]["weight"])
+    return PerHead(*bare, _each_head(sides[0], share.query), _each_head(sides[1], share.kv))
+
+
+def _each_head(vectors: Mapping[str, Tensor], held: Span) -> Tensor:
+    """A vector for each of this rank's heads, [heads, dim], stored as one tensor or as one for each head of the model."""
+    return vectors["weight"] if "weight" in vectors else torch.stack([vectors[f"weight.{head}"] for head in range(*held)])
 
 
 def _bare(norm: spec.Norm) -> spec.Norm:
@@ -90,4 +95,4 @@ def _bare(norm: spec.Norm) -> spec.Norm:
 
 
 def _vectors(tables: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
-    return {name.split(".")[1]: table for name, table in tables.items() if name.startswith(f"{side}.")}
+    return {name.removeprefix(f"{side}."): table for name, table in tables.items() if name.startswith(f"{side}.")}

@@ -37,7 +37,10 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class EachHeadNorm:
-    """Each query head and each key head normalised by itself, with a vector of its own: weights [heads, head_dim]."""
+    """Each query head and each key head normalised by itself, with a vector of its own: weights [heads, head_dim].
+
+    A name that holds {head} is that of one tensor [head_dim] for each head.
+    """
 
     query: Norm
     key: Norm

@@ -7,6 +7,8 @@ from kvrun.state.shapes import PageShape
 from kvrun.weights.plan import Cut, LinearPlan, MixerPlan, TablePlan, column, join, plan_mixer, row, scaled, vectors, whole
 from kvrun.weights.split import HeadShare, Span, Split, merge
 
+SEPARATE = "{head}"  # in the name of a norm that is stored as a tensor for each head
+
 
 @plan_mixer.register
 def _(mixer: Attention, at: str, hidden: int, split: Split) -> MixerPlan:
@@ -36,11 +38,16 @@ def _qkv(mixer: Attention, share: HeadShare, at: str, hidden: int) -> LinearPlan
 
 def _norm_tables(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, at: str) -> dict[str, TablePlan]:
     sides = (("query", norm.query, mixer.heads, share.query), ("key", norm.key, mixer.kv_heads, share.kv))
-    return {
-        f"{side}.{vector}": _norm_table(norm, f"{join(at, part.name)}.{vector}", heads, held, mixer.head_dim)
-        for side, part, heads, held in sides
-        for vector in vectors(part)
-    }
+    tables: dict[str, TablePlan] = {}
+    for side, part, heads, held in sides:
+        for vector in vectors(part):
+            tensor = f"{join(at, part.name)}.{vector}"
+            if SEPARATE in tensor:  # all of them on every rank: they are small, and the whole checkpoint is accounted for
+                each = (tensor.replace(SEPARATE, str(head)) for head in range(heads))
+                tables |= {f"{side}.{vector}.{head}": whole(name, (mixer.head_dim,)) for head, name in enumerate(each)}
+            else:
+                tables[f"{side}.{vector}"] = _norm_table(norm, tensor, heads, held, mixer.head_dim)
+    return tables
 
 
 def _norm_table(norm: QueryKeyNorm, tensor: str, heads: int, held: Span, dim: int) -> TablePlan:
