@@ -29,6 +29,30 @@ class Ragged(Protocol):
     def slots(self) -> Tensor:
         """[T] int32: where each token's key and value go"""
 
+    @property
+    def reach(self) -> Tensor | None:
+        """[T] int32: the last position that each token sees; None = its own"""
+
+    @property
+    def memory(self) -> Memory | None:
+        """What cross-attention reads; None in a model without"""
+
+
+class Memory(Protocol):
+    """Where the memory of each row's sequence lies."""
+
+    @property
+    def contexts(self) -> Tensor:
+        """[N] int32: tokens of each memory"""
+
+    @property
+    def page_table(self) -> Tensor:
+        """[N, M] int32: its pages"""
+
+    @property
+    def reach(self) -> Tensor:
+        """[T] int32: the last token of its memory that each token sees"""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -39,6 +63,7 @@ class Scores:
     slopes: Tensor | None = None  # [heads] float32: added per position of distance
     softcap: float = 0.0  # scores become cap * tanh(score / cap); 0 = as they are
     sinks: Tensor | None = None  # [heads] float32: logits that take their share and give nothing
+    relative: Tensor | None = None  # [heads, 2 * R + 1] float32: added by key minus query position, kept within -R..R
 
 
 class AttentionStep(Protocol):
@@ -49,6 +74,12 @@ class AttentionStep(Protocol):
 
         q [T, heads, dim] · k, v [T, kv_heads, dim] · out [T, heads, dim]
         """
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v in their slots. k, v [T, kv_heads, dim]"""
+
+    def recall(self, layer: int, q: Tensor, scores: Scores) -> Tensor:
+        """Attend each query to its sequence's memory. q [T, heads, dim] · out [T, heads, dim]"""
 
 
 class AttentionBackend(Protocol):

@@ -20,11 +20,23 @@ class NativeStep:
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """See AttentionStep."""
-        b, pool = self.batch, self.kv.layers[layer]
-        ops.store_kv(k, v, pool, b.slots)
+        self.store(layer, k, v)
+        b, pool, s = self.batch, self.kv.layers[layer], scores
         return ops.paged_attention(
-            q, pool, b.query_start, b.contexts, b.page_table, scores.scale, scores.window, scores.softcap, scores.slopes
-        )
+            q, pool, b.query_start, b.contexts, b.page_table, s.scale, s.window, s.softcap, s.slopes,
+            sinks=s.sinks, reach=b.reach, relative=s.relative,
+        )  # fmt: skip
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """See AttentionStep."""
+        ops.store_kv(k, v, self.kv.layers[layer], self.batch.slots)
+
+    def recall(self, layer: int, q: Tensor, scores: Scores) -> Tensor:
+        """See AttentionStep."""
+        memory = self.batch.memory
+        assert memory is not None, "a model that reads a source has memory for every row"
+        pool, start = self.kv.layers[layer], self.batch.query_start
+        return ops.paged_attention(q, pool, start, memory.contexts, memory.page_table, scores.scale, reach=memory.reach)
 
 
 class Native:

@@ -12,6 +12,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class MemoryRows:
+    """Where the memory of each row's sequence lies, in pages of its own."""
+
+    contexts: Tensor  # [N] int32, tokens of each memory
+    page_table: Tensor  # [N, M] int32
+    reach: Tensor  # [T] int32, the last token of its memory that each token sees
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """Where the recurrent state of each row's sequence lies."""
+
+    slots: Tensor  # [N] int32, no two the same
+    fresh: Tensor  # [N] bool, whether the sequence begins here
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Rows that take the place of the embedding's at some tokens."""
+
+    tokens: Tensor  # [K] int64, indices into T
+    rows: Tensor  # [K, hidden]
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """One step's tokens, laid end to end: row n is tokens `query_start[n]` to `query_start[n + 1]`.
 
@@ -26,3 +51,7 @@ class ForwardBatch:
     slots: Tensor  # [T] int32, page * page_tokens + offset: where each token's key and value go
     wanted: Tensor  # [S] int64, indices into T of the tokens whose logits are wanted
     lora: LinearDelta | None  # adapters of this step's rows; None when every row runs the base model
+    reach: Tensor | None = None  # [T] int32, the last position that each token sees; None = its own
+    memory: MemoryRows | None = None  # of a model that reads a source
+    recurrent: SlotRows | None = None  # of a model that carries a state along
+    splice: Splice | None = None  # of tokens that stand for images

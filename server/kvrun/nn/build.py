@@ -18,9 +18,10 @@ from kvrun.dist import Group
 from kvrun.errors import DeviceError, Unsupported
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.embedding import Embedding, Head
+from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear, Source
 from kvrun.nn.loaded import LoadedModel
-from kvrun.nn.norms import Norm, norm_of
+from kvrun.nn.norms import Narrowed, Norm, norm_of
 from kvrun.nn.parts import Parts, Shared, build_mixer
 from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
@@ -62,8 +63,10 @@ def load_model(
     plan = plan_model(model, Split(group.rank, group.world))
     loader.audit(plan, weights.tensors(), model.leftovers)
     chosen = _dtype(dtype, config, checkpoint)
+    _refuse_narrow(chosen, model)
     build = _Build(model, plan, loader, weights, chosen, group)
     decoder = build.decoder()
+    encoder = build.encoder(decoder.embed)
     checkpoint.close()
     vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
@@ -71,8 +74,10 @@ def load_model(
         config=config,
         architecture=config.architecture,
         decoder=decoder,
+        encoder=encoder,
         linears=build.linears,
-        page_shapes=build.shared.pages,
+        page_shapes=build.shared.pages.shapes,
+        slot_shapes=build.shared.slots,
         vocabulary=vocabulary,
         vocabulary_limit=vocabulary_limit(folder, vocabulary),
         positions=model.positions,
@@ -97,6 +102,13 @@ def _dtype(asked: str | torch.dtype, config: Config, checkpoint: Checkpoint) -> 
     return DTYPES[name]
 
 
+def _refuse_narrow(dtype: torch.dtype, model: Model) -> None:
+    most = torch.finfo(dtype).max
+    if most < model.magnitude:
+        name = str(dtype).removeprefix("torch.")
+        raise Unsupported(f"the model's hidden states reach {model.magnitude:g}, {name} ends at {most:g}; use --dtype bfloat16 or float32")
+
+
 class _Build:
     """The walk over a description that makes its modules."""
 
@@ -119,7 +131,16 @@ class _Build:
         head = self._head_weight()
         embed = self._embedding(head)
         residuals = tuple(self._step(step, layer.at) for layer in self._model.decoder.layers for step in layer.steps)
-        return Decoder(embed, residuals, self._head(head), Native(), tuple(self.shared.rotaries.values()))
+        rotaries, wide = tuple(self.shared.rotaries.values()), self._model.decoder.wide
+        return Decoder(embed, residuals, self._head(head), Native(), rotaries, wide)
+
+    def encoder(self, embed: Embedding) -> Encoder | None:
+        """The reader of sources, after the decoder, whose attention says where it keeps what."""
+        encoder = self._model.encoder
+        if encoder is None:
+            return None
+        residuals = tuple(self._step(step, layer.at) for layer in encoder.layers for step in layer.steps)
+        return Encoder(embed, residuals, self._norm(encoder.norm, ""), tuple(self.shared.readers), Native())
 
     def _head_weight(self) -> DenseLinear:
         weight = self._loader.table(self._plan.head.weight, self.shared.dtype)
@@ -150,7 +171,7 @@ class _Build:
             None if plan.bias is None else self._loader.table(plan.bias, self.shared.dtype),
             sizes=self.shared.split.sizes(self._model.decoder.embed.vocabulary),
             group=self.shared.group,
-            norm=None if head.norm is None else norm_of(head.norm, self._tables(plan.norm)),
+            norm=None if head.norm is None else self._narrowed(norm_of(head.norm, self._tables(plan.norm))),
             project=None if plan.project is None else self._linear(plan.project),
             scale=head.scale,
             softcap=head.softcap,
@@ -171,7 +192,10 @@ class _Build:
         return Residual(branches, group, None if after is None else self._norm(after, at), residuals[0].scale)
 
     def _norm(self, norm: spec_norms.Norm, at: str) -> Norm:
-        return norm_of(norm, self._tables(plan_norm(norm, at, self._hidden)))
+        return self._narrowed(norm_of(norm, self._tables(plan_norm(norm, at, self._hidden))))
+
+    def _narrowed(self, norm: Norm) -> Norm:
+        return Narrowed(norm, self.shared.dtype) if self._model.decoder.wide else norm
 
     def _mixers(self, mixers: Iterable[spec_mixers.Mixer], at: str) -> tuple[Mixer, ...]:
         return tuple(self._mixer(mixer, at) for mixer in mixers)
@@ -180,7 +204,7 @@ class _Build:
         plan = plan_mixer(mixer, at, self._hidden, self.shared.split)
         linears = {key: self._linear(part) for key, part in plan.linears.items()}
         folded = {key: self._weight(part).dense() for key, part in plan.folded.items()}
-        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, self.shared, folded))
+        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
     def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
         return {key: self._loader.table(plan, torch.float32 if plan.exact else self.shared.dtype) for key, plan in plans.items()}

@@ -11,8 +11,8 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.positions import RotaryTable
 from kvrun.nn.residual import PostNorm, Residual
-from kvrun.nn.step import ForwardStep
-from kvrun.state.pages import KvPages
+from kvrun.nn.step import ForwardStep, RecurrentStep
+from kvrun.state.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,21 @@ class Decoder:
     head: Head
     attention: AttentionBackend
     rotaries: tuple[RotaryTable, ...]
+    wide: bool = False  # residuals add up in float32
 
-    def forward(self, batch: ForwardBatch, kv: KvPages) -> Tensor | None:
-        """Compute the batch's tokens, leave their keys and values in `kv`.
+    def forward(self, batch: ForwardBatch, pool: Pool) -> Tensor | None:
+        """Compute the batch's tokens, leave their keys, values and states in the pool.
 
         Returns the wanted logits [S, vocabulary] float32 on rank 0, None elsewhere.
         """
         for rotary in self.rotaries:
             rotary.reach(int(batch.contexts.max()))
-        step = ForwardStep(batch.positions, self.attention.plan(batch, kv), batch.lora)
+        rows, slots, recurrent = batch.recurrent, pool.slots, None
+        if rows is not None:
+            recurrent = RecurrentStep(batch.query_start, rows.slots, rows.fresh, slots.layers)
+        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.pages), batch.lora, recurrent)
         x = self.embed(batch.ids, step)
+        x = x.float() if self.wide else x
         for residual in self.residuals:
             residual(x, step)
         return self.head(x[batch.wanted], step)

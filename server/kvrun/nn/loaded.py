@@ -9,10 +9,13 @@ from torch import Tensor
 
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
+from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear
 from kvrun.spec import Config, Model
 from kvrun.state.pages import KvPages, page_bytes
-from kvrun.state.shapes import PageShape
+from kvrun.state.pool import Pool
+from kvrun.state.shapes import PageShape, SlotShape
+from kvrun.state.slots import Slots, slot_bytes
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,10 @@ class LoadedModel:
     config: Config
     architecture: str
     decoder: Decoder
+    encoder: Encoder | None
     linears: list[Linear]  # every linear an adapter may change; linear i has site i
-    page_shapes: list[PageShape]  # one per layer that keeps keys and values
+    page_shapes: list[PageShape]  # one per layer of the page pool
+    slot_shapes: list[SlotShape]  # one per array of a recurrent state
     vocabulary: int  # width of the logits
     vocabulary_limit: int  # ids from here on pad the vocabulary and are never sampled
     positions: int  # longest sequence; 0 = no limit
@@ -35,15 +40,35 @@ class LoadedModel:
     parameters: int  # of the whole model
     digest: str
 
-    def pool(self, pages: int, page_tokens: int = 16, dtype: torch.dtype | None = None) -> KvPages:
-        """A zeroed page pool for this model; `dtype` None is the model's own."""
-        return KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device)
+    @property
+    def state_kinds(self) -> list[str]:
+        """What a sequence keeps here, by the wire's names for it."""
+        kept = {"pages": self.page_shapes, "slots": self.slot_shapes, "memory": self.encoder}
+        return [kind for kind, there in kept.items() if there]
+
+    def pool(self, pages: int, page_tokens: int = 16, dtype: torch.dtype | None = None, sequences: int = 1) -> Pool:
+        """Zeroed pages, and slots for so many sequences where the model needs some; `dtype` None is the model's own."""
+        return Pool(
+            KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device),
+            Slots(self.slot_shapes, sequences if self.slot_shapes else 0, self.dtype, self.device),
+        )
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's recurrent state on this rank; 0 where there is none."""
+        return slot_bytes(self.slot_shapes, self.dtype.itemsize)
 
     def page_bytes(self, page_tokens: int = 16, dtype: torch.dtype | None = None) -> int:
         """Bytes of one page over all layers of this rank."""
         return page_bytes(self.page_shapes, page_tokens, (dtype or self.dtype).itemsize)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KvPages) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, pool: Pool) -> Tensor | None:
         """Logits of the wanted tokens, [S, vocabulary] float32, on rank 0; None elsewhere. Every rank must call it alike."""
-        return self.decoder.forward(batch, kv)
+        return self.decoder.forward(batch, pool)
+
+    @torch.inference_mode()
+    def encode(self, batch: ForwardBatch, pool: Pool) -> None:
+        """Read whole sources into the pages of their memories. Every rank must call it alike."""
+        assert self.encoder is not None, "only a model with an encoder is given sources"
+        self.encoder.forward(batch, pool)

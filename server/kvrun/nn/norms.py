@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
@@ -37,6 +38,18 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> a new [T, hidden]"""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A norm of wide hidden states whose result is what the layer computes in."""
+
+    norm: Norm
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] float32 -> a new [T, hidden]"""
+        return self.norm(x).to(self.dtype)
 
 
 def norm_of(norm: spec.Norm, vectors: Mapping[str, Tensor]) -> Norm:

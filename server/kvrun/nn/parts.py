@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 
@@ -13,11 +13,11 @@ from kvrun.dist import Group
 from kvrun.errors import Unsupported
 from kvrun.nn.linear import Linear, Source
 from kvrun.nn.positions import RotaryTable
-from kvrun.nn.step import Mixer
+from kvrun.nn.step import Mixer, Reader
 from kvrun.quant.format import QuantizedLinear
 from kvrun.spec import Rope
 from kvrun.spec import mixers as spec
-from kvrun.state.shapes import PageShape
+from kvrun.state.shapes import PageLayers, PageShape, PageUse, SlotShape
 from kvrun.weights.split import Split
 
 ACTIVATIONS = {
@@ -41,7 +41,9 @@ class Shared:
     group: Group
     dtype: torch.dtype
     rotaries: dict[Rope, RotaryTable] = field(default_factory=dict)
-    pages: list[PageShape] = field(default_factory=list)  # one per layer that keeps keys and values
+    pages: PageLayers = field(default_factory=PageLayers)
+    slots: list[SlotShape] = field(default_factory=list)  # one per array of a recurrent state
+    readers: list[Reader] = field(default_factory=list)  # of what an encoder makes, in the order of the layers
     linears: list[Linear] = field(default_factory=list)  # every linear that adapters may change, by site
 
     def linear(
@@ -57,10 +59,14 @@ class Shared:
             self.rotaries[rope] = RotaryTable(rope)
         return self.rotaries[rope]
 
-    def page_layer(self, shape: PageShape) -> int:
+    def page_layer(self, shape: PageShape, use: PageUse = PageUse.SEQUENCE) -> int:
         """A layer of the page pool for one more mixer that keeps keys and values."""
-        self.pages.append(shape)
-        return len(self.pages) - 1
+        return self.pages.take(shape, use)
+
+    def slot_layers(self, shapes: Sequence[SlotShape]) -> tuple[int, ...]:
+        """Layers of the slots for the arrays of one more mixer that carries a state along."""
+        self.slots += shapes
+        return tuple(range(len(self.slots) - len(shapes), len(self.slots)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Parts:
     linears: Mapping[str, Linear]
     tables: Mapping[str, Tensor]
     pages: PageShape | None
+    slots: tuple[SlotShape, ...]
     shared: Shared
     folded: Mapping[str, Tensor] = field(default_factory=dict)  # [out, in]
 

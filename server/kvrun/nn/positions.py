@@ -10,7 +10,7 @@ from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import Unsupported
-from kvrun.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from kvrun.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RelativeBias, Rope, TwoSidedBias, YarnScaling
 from kvrun.spec.positions import RopeScaling
 
 FIRST_ROWS = 4096
@@ -94,3 +94,24 @@ def alibi_slopes(heads: int) -> Tensor:
     power = 1 << (heads.bit_length() - 1)
     exponents = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(heads - power)]
     return torch.tensor([2.0**-e for e in exponents])
+
+
+def relative_bias(bias: RelativeBias, learned: Tensor) -> Tensor:
+    """What each key's distance adds to a score: key minus query position d at column d + `distance`.
+
+    learned [buckets, heads] -> [heads, 2 * distance + 1] float32; beyond that distance nothing changes any more
+    """
+    ahead = torch.arange(-bias.distance, bias.distance + 1)
+    if isinstance(bias, TwoSidedBias):
+        half = bias.buckets // 2
+        buckets = _bucket(ahead.abs(), half, bias.distance) + half * (ahead > 0)
+    else:
+        buckets = _bucket((-ahead).clamp(min=0), bias.buckets, bias.distance)
+    return learned.float()[buckets].T.contiguous()
+
+
+def _bucket(apart: Tensor, buckets: int, most: int) -> Tensor:
+    """The first half of the buckets for one distance each, the second for ranges that grow with the distance's logarithm."""
+    exact = buckets // 2
+    wide = torch.log(apart.float() / exact) / math.log(most / exact) * (buckets - exact)
+    return torch.where(apart < exact, apart, (exact + wide.clamp(min=0).long()).clamp(max=buckets - 1))

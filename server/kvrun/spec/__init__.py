@@ -5,6 +5,7 @@ A model file reads a `Config` and returns a `Model`; its import list is the arch
 
 from kvrun.spec.config import Config
 from kvrun.spec.describe import describe
+from kvrun.spec.encoder import CrossAttention, Encoder, SourceAttention
 from kvrun.spec.latent import LatentAttention, LowRank
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
 from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Step, UnitHead, stack
@@ -32,9 +33,12 @@ from kvrun.spec.positions import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    RelativeBias,
     Rope,
+    TwoSidedBias,
     YarnScaling,
 )
+from kvrun.spec.recurrent import Convolution, Mamba, Mamba2
 from kvrun.spec.registry import architecture, model_of, served
 from kvrun.spec.weights import Fused, Packed, Stored, fuse, linear, packed, transposed
 
@@ -43,11 +47,14 @@ __all__ = [
     "Attention",
     "ClampedSwiGlu",
     "Config",
+    "Convolution",
+    "CrossAttention",
     "Decoder",
     "DynamicScaling",
     "EachExpert",
     "EachHeadNorm",
     "Embed",
+    "Encoder",
     "ExpertLayout",
     "FlatExperts",
     "Fused",
@@ -65,6 +72,8 @@ __all__ = [
     "Llama3Scaling",
     "LongRopeScaling",
     "LowRank",
+    "Mamba",
+    "Mamba2",
     "Mixer",
     "Mlp",
     "Model",
@@ -76,16 +85,19 @@ __all__ = [
     "PostNorm",
     "ProjectionNorm",
     "QueryKeyNorm",
+    "RelativeBias",
     "Residual",
     "RmsNorm",
     "Rope",
     "Router",
     "SoftmaxTopK",
+    "SourceAttention",
     "SparseMixer",
     "StackedExperts",
     "Step",
     "Stored",
     "TopKSoftmax",
+    "TwoSidedBias",
     "UnitHead",
     "YarnScaling",
     "architecture",

@@ -12,16 +12,25 @@ from kvrun.spec.model import Layer, Model
 
 def describe(model: Model) -> str:
     """The tree of a model, equal neighbouring layers folded into one. Fields that hold their default are left out."""
-    embed, layers, head = model.decoder.embed, model.decoder.layers, model.decoder.head
+    embed, head = model.decoder.embed, model.decoder.head
     lines = [f"positions {model.positions or 'unlimited'}", *_lines("embed", embed)]
+    if model.encoder is not None:
+        lines += ["encoder", *_layers(model.encoder.layers), *(f"  {line}" for line in _lines("norm", model.encoder.norm))]
+        lines.append(f"decoder, begins with {model.start}")
+    if model.decoder.wide:
+        lines.append("residuals in float32")
+    return "\n".join([*lines, *_layers(model.decoder.layers), *_lines("head", head)]) + "\n"
+
+
+def _layers(layers: tuple[Layer, ...]) -> Iterator[str]:
+    """Equal neighbouring layers as one."""
     number = 0
     for steps, equal in groupby(layers, key=lambda layer: layer.steps):
         run: list[Layer] = list(equal)
         span = f"layer {number}" if len(run) == 1 else f"layers {number} to {number + len(run) - 1}"
-        lines.append(f"{span} at {run[0].at}")
-        lines += [f"  {line}" for step in steps for line in _lines("", step)]
+        yield f"{span} at {run[0].at}"
+        yield from (f"  {line}" for step in steps for line in _lines("", step))
         number += len(run)
-    return "\n".join([*lines, *_lines("head", head)]) + "\n"
 
 
 def _lines(label: str, value: Any) -> Iterator[str]:

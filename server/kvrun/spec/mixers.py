@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvrun.spec.norms import QueryKeyNorm
-from kvrun.spec.positions import Alibi, Rope
+from kvrun.spec.positions import Alibi, RelativeBias, Rope
 from kvrun.spec.weights import Fused, Stored
 
 
@@ -22,7 +22,7 @@ class Attention(Mixer):
     head_dim: int
     qkv: Stored  # parts: query, key, value
     out: Fused
-    position: Rope | Alibi | None = None  # None: the embedding knows, or nobody does
+    position: Rope | Alibi | RelativeBias | None = None  # None: the embedding knows, or nobody does
     scale: float | None = None  # of the scores; None = head_dim ** -0.5
     window: int | None = None  # a token sees itself and the window - 1 before it; None = all
     clip: float | None = None  # queries, keys and values are cut to -clip .. clip; None = never

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvrun.spec.encoder import Encoder
 from kvrun.spec.mixers import Mixer
 from kvrun.spec.norms import Norm
 from kvrun.spec.positions import Learned
@@ -107,6 +108,7 @@ class Decoder:
     embed: Embed
     layers: tuple[Layer, ...]
     head: Head
+    wide: bool = False  # the sum that residuals add to is kept in float32 whatever its parts are computed in
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,6 @@ class Model:
     decoder: Decoder
     positions: int  # longest sequence; 0 = no limit of its own
     leftovers: tuple[str, ...] = ()  # regular expressions of tensors that checkpoints carry and nobody needs
+    encoder: Encoder | None = None
+    start: int | None = None  # the id that an answer follows where the prompt is the encoder's source
+    magnitude: float = 6e4  # what hidden states may reach; a number format that ends below it is refused

@@ -76,6 +76,23 @@ class Alibi:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """Adds to each attention score a number learned for the head and the bucket of the key's distance before the query.
+
+    `buckets` rows of `heads`: half of them for one distance each, the others for ever wider ranges up to `distance`.
+    """
+
+    name: str  # in full, as layers share it
+    buckets: int
+    distance: int
+
+
+@dataclass(frozen=True)
+class TwoSidedBias(RelativeBias):
+    """The same with the upper half of the buckets for keys behind the query."""
+
+
+@dataclass(frozen=True)
 class Learned:
     """A table with one row per position, added to the embedding; position p reads row p + offset."""
 

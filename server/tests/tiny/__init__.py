@@ -51,9 +51,9 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or name.endswith(".A_log"):  # its exponential is a rate of decay
                 parameter += 0.2 * noise
             else:
                 parameter.copy_(noise * (0.02 if id(parameter) in embeddings else 6 / parameter.shape[-1] ** 0.5))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,9 @@ VOCABULARY = 259  # the specials and 256 bytes
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 LLAMA = {**COMMON, **SHAPE, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False}
+
+# What an encoder reads where a test says nothing else.
+SOURCE = [17, 203, 5, 96, 140, 31, 8, 250, 77, 12, 64, 199, 3, 45, 120, 88, 231, 19, 57]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,6 +28,10 @@ class Row:
     attention: str = "eager"  # the implementation that computes the truth
     logits: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda model, ids: model(ids).logits
     architecture: str | None = None  # of the published checkpoint; None = as transformers names it
+    auto: str = "AutoModelForCausalLM"  # transformers' class that makes it
+    specials: tuple[str, ...] = ()  # special tokens after all others
+    adjust: Callable[[torch.nn.Module], None] = lambda model: None  # after its weights were drawn
+    prepare: Callable[[Path], None] = lambda folder: None  # writes further files
 
 
 def rope(kind: str, theta: float = 1e4, **numbers: float) -> dict:

@@ -10,10 +10,11 @@ from kvrun.attention.backend import Scores
 from kvrun.nn.heads import HeadsNorm, heads_norm
 from kvrun.nn.linear import Linear
 from kvrun.nn.parts import Parts, build_mixer
-from kvrun.nn.positions import RotaryTable, alibi_slopes
+from kvrun.nn.positions import RotaryTable, alibi_slopes, relative_bias
 from kvrun.nn.step import ForwardStep
-from kvrun.spec import Alibi, Rope
+from kvrun.spec import Alibi, RelativeBias, Rope, SourceAttention
 from kvrun.spec import mixers as spec
+from kvrun.state.shapes import PageUse
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,13 @@ def _(mixer: spec.Attention, parts: Parts) -> Attention:
     slopes = None
     if isinstance(position, Alibi):
         slopes = (alibi_slopes(mixer.heads) * position.scale)[share.query[0] : share.query[1]].contiguous()
+    relative = None
+    if isinstance(position, RelativeBias):
+        relative = relative_bias(position, parts.tables["relative"])[share.query[0] : share.query[1]].contiguous()
     assert parts.pages is not None, "attention keeps pages"
+    use = PageUse.READING if isinstance(mixer, SourceAttention) else PageUse.SEQUENCE
     return Attention(
-        layer=shared.page_layer(parts.pages),
+        layer=shared.page_layer(parts.pages, use),
         heads=share.heads,
         kv_heads=share.kv_heads,
         head_dim=mixer.head_dim,
@@ -67,6 +72,7 @@ def _(mixer: spec.Attention, parts: Parts) -> Attention:
             slopes=slopes,
             softcap=mixer.softcap or 0.0,
             sinks=None if sinks is None else sinks.float(),
+            relative=relative,
         ),
         rotary=shared.rotary(position) if isinstance(position, Rope) else None,
         clip=mixer.clip,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrun.spec import Attention, EachHeadNorm, HeadNorm, Packed, QueryKeyNorm
+from kvrun.spec import Attention, EachHeadNorm, HeadNorm, Packed, QueryKeyNorm, RelativeBias
 from kvrun.state.shapes import PageShape
 from kvrun.weights.plan import Cut, LinearPlan, MixerPlan, TablePlan, column, join, plan_mixer, row, scaled, vectors, whole
 from kvrun.weights.split import HeadShare, Span, Split, merge
@@ -17,6 +17,8 @@ def _(mixer: Attention, at: str, hidden: int, split: Split) -> MixerPlan:
     tables = {} if mixer.norm is None else _norm_tables(mixer, mixer.norm, share, at)
     if mixer.sinks is not None:
         tables["sinks"] = TablePlan(join(at, mixer.sinks), (mixer.heads,), (share.query,))
+    if isinstance(mixer.position, RelativeBias):
+        tables["relative"] = whole(f"{mixer.position.name}.weight", (mixer.position.buckets, mixer.heads))
     return MixerPlan({"qkv": _qkv(mixer, share, at, hidden), "out": out}, tables, PageShape(share.kv_heads, dim))
 
 
