@@ -32,4 +32,5 @@ def side_by_side(c: Config, attend: Callable[[int], Attention]) -> Model:
         return [Residual(norm(c, "input_layernorm"), attend(i), feed_forward(c))]
 
     tied, scale = c.get("tie_word_embeddings", True), c.get("logit_scale", 0.0625)
-    return language_model(c, layer, Head(norm(c, "model.norm"), "lm_head", tied=tied, scale=scale))
+    model = language_model(c, layer, Head(norm(c, "model.norm"), "lm_head", tied=tied, scale=scale))
+    return replace(model, positions=c.get("model_max_length", model.positions))  # the first files' other count is for training
