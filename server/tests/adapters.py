@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tiny import oracle_model
 
 # name -> (row of tiny.ROWS, LoraConfig fields)
 ALL_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,7 +36,10 @@ def write_adapter(folder: Path, checkpoint: Path, seed: int = 0, **config: objec
     """Save a random PEFT adapter for the model in `checkpoint`, strong enough to change its answers."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(_base(checkpoint), LoraConfig(task_type="CAUSAL_LM", **config))
+    base = oracle_model(checkpoint)
+    if config.get("target_modules") == "everything":
+        config["target_modules"] = _everything(base)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +55,7 @@ def likeliest(checkpoint: Path, adapter: Path | None, sequences: list[tuple[list
 
     An answer is the greedy one exactly if it equals this: each place sees the answer before it.
     """
-    model = _base(checkpoint)
+    model = oracle_model(checkpoint)
     if adapter is not None:
         from peft import PeftModel
 
@@ -59,6 +63,25 @@ def likeliest(checkpoint: Path, adapter: Path | None, sequences: list[tuple[list
     with torch.inference_mode():
         logits = [model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :] for prompt, answer in sequences]
     return [rows.argmax(dim=-1).tolist() for rows in logits]
+
+
+def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The logits that peft's adapter gives each prompt alone, [tokens, vocabulary]."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(oracle_model(checkpoint), adapter)
+    with torch.inference_mode():
+        return [model(torch.tensor([ids])).logits[0] for ids in prompts]
+
+
+def _everything(model: torch.nn.Module) -> list[str]:
+    """Every linear, the embedding and the head: all that peft takes of a decoder."""
+    from transformers.pytorch_utils import Conv1D
+
+    refused = ("out_proj",) if "mamba" in model.config.model_type else ("\0",)  # by peft itself
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    found = [name for name in linears if not name.endswith(refused)]
+    return [*found, next(name for name, module in model.named_modules() if module is model.get_input_embeddings())]
 
 
 def edit_config(folder: Path, **fields: object) -> None:
@@ -75,9 +98,3 @@ def edit_tensors(folder: Path, edit) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _base(checkpoint: Path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()

@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import ADAPTERS, write_adapter
 from driver import Ranks
+from ragged import WORLDS, ranks
 from tiny import write_checkpoint
 
 # Tiny tensors gain nothing from more threads, and lose much when the machine is busy.
@@ -28,6 +30,14 @@ def checkpoint(tmp_path_factory):
         return written[row]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """world -> the runners of that many ranks; the further ranks are processes of their own."""
+    at = tmp_path_factory.mktemp("rendezvous")
+    with ExitStack() as stack:
+        yield {world: stack.enter_context(ranks(world, at / str(world))) for world in WORLDS}
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +60,10 @@ def engines(checkpoint, tmp_path_factory):
     """(row, world) -> the engines of that many ranks over the row's checkpoint, made once and reserved afresh for each test."""
     made: dict[tuple[str, int], Ranks] = {}
 
-    def ranks(row: str = "llama", world: int = 1) -> Ranks:
+    def reserved(row: str = "llama", world: int = 1) -> Ranks:
         if (row, world) not in made:
             made[row, world] = Ranks(checkpoint(row), world, tmp_path_factory.mktemp("rendezvous") / "file")
         made[row, world].reserve()
         return made[row, world]
 
-    return ranks
+    return reserved

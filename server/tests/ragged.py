@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 from kvrun.dist import Group
-from kvrun.nn.batch import ForwardBatch
+from kvrun.lora.adapter import Adapter, read_adapter
+from kvrun.lora.table import LoraBatch, Run
+from kvrun.nn.batch import ForwardBatch, MemoryRows, SlotRows
 from kvrun.nn.build import load_model
+from tiny.row import SOURCE
 
-PAGE_TOKENS, PAGES = 4, 512
+PAGE_TOKENS, PAGES, SLOTS = 4, 512, 64
+WORLDS = (1, 2, 3, 4)
 
 
 class Runner:
@@ -22,39 +26,75 @@ class Runner:
     def load(self, folder: Path, dtype: str = "float32") -> None:
         """Load a model and forget every sequence."""
         self.model = load_model(folder, dtype=dtype, group=self.group)
-        self.kv = self.model.pool(PAGES, PAGE_TOKENS)
+        self.kv = self.model.pool(PAGES, PAGE_TOKENS, sequences=SLOTS)
         # Scattered pages: a kernel that took a sequence's pages to be adjacent would be seen.
         self.free = torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).tolist()
         self.pages: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        self.adapters: dict[int, Adapter] = {}
+        self.slots: dict[int, int] = {}
+        self.sources: dict[int, list[int]] = {}
+        self.memories: dict[int, list[int]] = {}
+
+    def adapt(self, folder: Path, sequences: list[int]) -> None:
+        """Give these sequences an adapter."""
+        adapter = read_adapter(folder, self.model.linears, self.model.dtype, self.model.decoder.embed)
+        self.adapters |= dict.fromkeys(sequences, adapter)
+
+    def _lora(self, rows: list[tuple[int, list[int]]]) -> LoraBatch | None:
+        runs, start = [], 0
+        for sequence, tokens in rows:
+            if sequence in self.adapters:
+                runs.append(Run(start, start + len(tokens), self.adapters[sequence]))
+            start += len(tokens)
+        return LoraBatch.of(runs) if runs else None
+
+    def read(self, sequence: int, source: list[int]) -> None:
+        """Give a sequence that is still to come a source of its own."""
+        self.sources[sequence] = source
 
     def step(self, rows: list[tuple[int, list[int]]]) -> torch.Tensor | None:
         """Compute the tokens of each (sequence, tokens) row; the logits of all of them in order, on rank 0."""
+        begun = [sequence for sequence, _ in rows if sequence not in self.lengths]
+        if self.model.encoder is not None and begun:
+            sources = [(sequence, self.sources.setdefault(sequence, SOURCE)) for sequence in begun]
+            reach = [len(source) - 1 for _, source in sources for _ in source]
+            self.model.encode(self._batch(sources, {}, self.memories, reach=_int32(reach)), self.kv)
+        memory = recurrent = None
+        if self.model.encoder is not None:
+            lengths = {sequence: len(self.sources[sequence]) for sequence, _ in rows}
+            reach = [lengths[sequence] - 1 for sequence, tokens in rows for _ in tokens]
+            memory = MemoryRows(_int32(list(lengths.values())), _table([self.memories[s] for s in lengths]), _int32(reach))
+        if self.model.slot_shapes:
+            # From the top, so that a slot is never the row's number.
+            slots = [self.slots.setdefault(sequence, SLOTS - 1 - len(self.slots)) for sequence, _ in rows]
+            recurrent = SlotRows(_int32(slots), torch.tensor([sequence in begun for sequence, _ in rows]))
+        return self.model.forward(self._batch(rows, self.lengths, self.pages, memory=memory, recurrent=recurrent), self.kv)
+
+    def _batch(
+        self, rows: list[tuple[int, list[int]]], lengths: dict[int, int], held: dict[int, list[int]], **more: object
+    ) -> ForwardBatch:
         positions, slots = [], []
         for sequence, tokens in rows:
-            start = self.lengths.get(sequence, 0)
-            self.lengths[sequence] = start + len(tokens)
-            pages = self.pages.setdefault(sequence, [])
-            while len(pages) * PAGE_TOKENS < self.lengths[sequence]:
+            start = lengths.get(sequence, 0)
+            lengths[sequence] = start + len(tokens)
+            pages = held.setdefault(sequence, [])
+            while len(pages) * PAGE_TOKENS < lengths[sequence]:
                 pages.append(self.free.pop())
-            span = range(start, self.lengths[sequence])
+            span = range(start, lengths[sequence])
             positions += span
             slots += [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in span]
-        tables = [self.pages[sequence] for sequence, _ in rows]
-        width = max(map(len, tables))
         counts = torch.tensor([0] + [len(tokens) for _, tokens in rows])
-        return self.model.forward(
-            ForwardBatch(
-                ids=torch.tensor([token for _, tokens in rows for token in tokens]),
-                positions=torch.tensor(positions, dtype=torch.int32),
-                query_start=counts.cumsum(0, dtype=torch.int32),
-                contexts=torch.tensor([self.lengths[sequence] for sequence, _ in rows], dtype=torch.int32),
-                page_table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
-                slots=torch.tensor(slots, dtype=torch.int32),
-                wanted=torch.arange(len(slots)),
-                lora=None,
-            ),
-            self.kv,
+        return ForwardBatch(
+            ids=torch.tensor([token for _, tokens in rows for token in tokens]),
+            positions=_int32(positions),
+            query_start=counts.cumsum(0, dtype=torch.int32),
+            contexts=_int32([lengths[sequence] for sequence, _ in rows]),
+            page_table=_table([held[sequence] for sequence, _ in rows]),
+            slots=_int32(slots),
+            wanted=torch.arange(len(slots)),
+            lora=self._lora(rows),
+            **more,
         )
 
     def greedy(self, prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -70,6 +110,15 @@ class Runner:
                 answers[sequence].append(token)
             rows = [(sequence, [answers[sequence][-1]]) for sequence, _ in rows]
         return answers
+
+
+def _int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _table(pages: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, pages))
+    return _int32([held + [0] * (width - len(held)) for held in pages])
 
 
 class Ranks:

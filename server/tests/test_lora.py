@@ -97,7 +97,9 @@ def test_names_without_peft_s_prefix_or_with_its_adapter_name_mean_the_same(adap
 
 
 def test_the_targets_an_adapter_may_name_are_the_checkpoint_s_modules(llama):
-    assert targets(llama.linears) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    seven = ["down_proj", "gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert targets(llama.linears) == seven
+    assert targets(llama.linears, llama.decoder.embed) == sorted([*seven, "embed_tokens"])
 
 
 REFUSED_FIELDS = {

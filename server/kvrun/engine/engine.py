@@ -19,7 +19,7 @@ from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampler import Choice, alternatives, sample
 from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
-from kvrun.errors import ProtocolError
+from kvrun.errors import ImageError, ProtocolError
 from kvrun.lora.adapter import targets
 from kvrun.lora.table import AdapterTable
 from kvrun.nn.loaded import LoadedModel
@@ -48,7 +48,7 @@ class Engine:
         self.model = model
         self.page_tokens = page_tokens
         self.kv_dtype = kv_dtype or model.dtype
-        self.adapters = AdapterTable(model.linears, model.dtype)
+        self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed)
         self._group = group
         self._budget = budget
         self._kv: KvPages | None = None
@@ -91,7 +91,8 @@ class Engine:
             "page_tokens": self.page_tokens,
             "weight_bytes": model.weight_bytes,
             "parameters": model.parameters,
-            "lora_targets": targets(model.linears),
+            "lora_targets": targets(model.linears, model.decoder.embed),
+            "images": None if model.sight is None else model.sight.rule(),
         }
 
     def reserve(self, pages: int, step_tokens: int, sequences: int, adapter_bytes: int) -> Grant:
@@ -112,7 +113,8 @@ class Engine:
         self.adapters.reset(granted)
         self._limits, self._number = (step_tokens, sequences), 0
         self._sequences = SequenceTable(
-            vocabulary=self.model.vocabulary, pages=kv.pages, page_tokens=self.page_tokens, positions=self.model.positions
+            vocabulary=self.model.vocabulary, pages=kv.pages, page_tokens=self.page_tokens, positions=self.model.positions,
+            sight=self.model.sight,
         )
         return Grant(kv.pages, granted)
 
@@ -129,10 +131,11 @@ class Engine:
         for admit in step.admit:
             self._sequences.admit(admit, self.adapters.get(admit.adapter))
         work = self._accept(step.rows)
+        began = time.perf_counter_ns()
+        self._look(work)
         live = [item for item in work if not item[1].error]
         live = [live[index] for index in batches.by_adapter(live)]
         outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
-        began = time.perf_counter_ns()
         logits = None
         if live:
             logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._kv)
@@ -151,6 +154,15 @@ class Engine:
         if len({row.sequence for row in rows}) < len(rows):
             raise ProtocolError("a step has two rows of one sequence")
         return [(row, self._sequences.advance(row)) for row in rows]
+
+    def _look(self, work: list[Work]) -> None:
+        """Encode the images that rows show first. One that cannot be shown fails its sequence and no other."""
+        for row, sequence in work:
+            if sequence.images is not None and not sequence.error:
+                try:
+                    sequence.images.look(row.start, row.start + row.tokens, sequence.ids)
+                except ImageError as error:
+                    sequence.error = f"bad_image: {error}"
 
     def _choose(self, live: list[Work], logits: Tensor | None) -> dict[int, RowOutcome]:
         """Sample on rank 0, tell every rank the ids, and take them into the sequences. Outcomes are full on rank 0 only."""
@@ -218,6 +230,8 @@ def _settle(row: Row, sequence: Sequence, picked: Items[int]) -> int:
         accepted += 1
     kept = min(accepted + 1, len(picked))
     sequence.computed = end + accepted
+    if sequence.images is not None:
+        sequence.images.forget(end)
     if FAILED in picked[:kept]:
         sequence.error = NAN_LOGITS
         return 0

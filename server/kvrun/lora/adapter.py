@@ -10,44 +10,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import AdapterError, AdapterNotFound
+from kvrun.lora import ends
+from kvrun.lora.ends import EmbeddingDelta
 from kvrun.lora.peft import PeftConfig
+from kvrun.lora.sites import EmbeddingSite, Site, Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 SHOWN = 10  # tensors in a message
-
-
-class Source(Protocol):
-    """A checkpoint module's share in a linear: see nn.linear.Source, whose words these are."""
-
-    @property
-    def module(self) -> str: ...
-    @property
-    def rows(self) -> Tensor: ...
-    @property
-    def column(self) -> int: ...
-    @property
-    def cols(self) -> Tensor | None: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-
-
-class Site(Protocol):
-    """A linear that adapters may change: see nn.linear.Linear."""
-
-    @property
-    def site(self) -> int: ...
-    @property
-    def sources(self) -> Sequence[Source]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,24 +46,30 @@ class Adapter:
     matched: int  # tensors of the file
     ranks: tuple[int, ...]  # one per changed module
     targets: tuple[str, ...]  # last parts of the changed modules' names, e.g. "q_proj"
+    embedding: EmbeddingDelta | None = None
 
 
-def targets(linears: Iterable[Site]) -> list[str]:
+def targets(linears: Iterable[Site], embedding: EmbeddingSite | None = None) -> list[str]:
     """The module names that an adapter may target."""
-    return sorted({_target(source.module) for linear in linears for source in linear.sources})
+    modules = {source.module for linear in linears for source in linear.sources} | ({embedding.module} if embedding else set())
+    return sorted({_target(module) for module in modules})
 
 
-def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype) -> Adapter:
-    """Read, check and cut an adapter for the linears of this rank. Raises AdapterError or AdapterNotFound."""
+def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype, embedding: EmbeddingSite | None = None) -> Adapter:
+    """Read, check and cut an adapter for this rank's linears and the embedding. Raises AdapterError or AdapterNotFound."""
     config_bytes, weight_bytes = _contents(Path(folder))
     digest = hashlib.sha256(config_bytes)
     digest.update(weight_bytes)
     config = PeftConfig.parse(config_bytes)
-    tensors = _tensors(weight_bytes, Path(folder) / WEIGHTS)
+    linears = list(linears)
+    tensors = ends.renamed(_tensors(weight_bytes, Path(folder) / WEIGHTS), linears)
+    matched = len(tensors)
     homes: dict[str, list[tuple[int, Source]]] = {}
     for linear in linears:
         for source in linear.sources:
             homes.setdefault(source.module, []).append((linear.site, source))
+        ends.leave_out_copies(tensors, linear, dtype)
+    changed_rows = None if embedding is None else ends.embedding_delta(tensors, embedding, config, dtype)
     pairs = _pairs(tensors, homes)
     _check(pairs, homes, config)
 
@@ -97,6 +79,8 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
             if len(source.rows):
                 deltas.setdefault(site, []).append(_cut(a, b, source, config.scale(module), dtype))
     held = [t for changed in deltas.values() for delta in changed for t in (delta.a, delta.bt)]
+    if changed_rows is not None:
+        held += [changed_rows.table, *(segment.bt for segment in changed_rows.update.segments)]
     # Checked as held: a narrower dtype may turn a finite weight into an infinite one.
     if not all(bool(torch.isfinite(t).all()) for t in held):
         raise AdapterError(f"not finite in {_name(dtype)}: {_listed(_unsound(tensors) or tensors)}; its training diverged")
@@ -105,9 +89,10 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
         deltas={site: tuple(changed) for site, changed in deltas.items()},
         updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in deltas.items()},
         bytes=sum(t.numel() * t.element_size() for t in held),
-        matched=len(tensors),
-        ranks=tuple(a.shape[0] for a, _ in pairs.values()),
-        targets=tuple(sorted({_target(module) for module in pairs})),
+        matched=matched,
+        ranks=tuple(a.shape[0] for a, _ in pairs.values()) + (() if changed_rows is None else (changed_rows.table.shape[1],)),
+        targets=tuple(sorted({_target(module) for module in (*pairs, *([embedding.module] if embedding and changed_rows else ()))})),
+        embedding=changed_rows,
     )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import AdapterError, AdapterTooLarge, ProtocolError
-from kvrun.lora.adapter import Adapter, Site, read_adapter
+from kvrun.lora.adapter import Adapter, read_adapter
+from kvrun.lora.sites import EmbeddingSite, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,9 @@ class Run:
 class LoraBatch:
     """The segments of one step, for every linear that some adapter of the step changes."""
 
-    def __init__(self, sites: Mapping[int, ops.LoraSegments]) -> None:
+    def __init__(self, sites: Mapping[int, ops.LoraSegments], runs: Sequence[Run]) -> None:
         self._sites = sites
+        self._runs = runs
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> LoraBatch:
@@ -36,7 +40,7 @@ class LoraBatch:
         for run in runs:
             for site, updates in run.adapter.updates.items():
                 parts.setdefault(site, []).append((updates, run.start, run.stop))
-        return cls({site: ops.LoraSegments.joined(found) for site, found in parts.items()})
+        return cls({site: ops.LoraSegments.joined(found) for site, found in parts.items()}, runs)
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to `y` what the adapters of these rows change at linear `site`.
@@ -47,12 +51,34 @@ class LoraBatch:
         if segments is not None:
             ops.lora(y, x, segments)
 
+    def embed(self, ids: Tensor, x: Tensor) -> None:
+        """Add to `x`, in place, what the adapters of these tokens change in their embeddings. ids [tokens] · x [tokens, width]"""
+        for run in self._runs:
+            changed = run.adapter.embedding
+            if changed is not None:
+                rows = changed.table[ids[run.start : run.stop]]
+                ops.lora(x[run.start : run.stop], rows, ops.LoraSegments.joined([(changed.update, 0, len(rows))]))
+
+    def picked(self, tokens: Tensor) -> LoraBatch:
+        """The same adapters for a choice of this step's tokens, in the order of `tokens`, which may repeat them."""
+        chosen = tokens.numpy()
+        owner = np.full(int(chosen.max(initial=-1)) + 1, -1)
+        for index, run in enumerate(self._runs):
+            owner[run.start : run.stop] = index
+        owners = owner[chosen]
+        borders = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+        runs = [
+            Run(start, stop, self._runs[owners[start]].adapter) for start, stop in pairwise(borders) if start < stop and owners[start] >= 0
+        ]
+        return LoraBatch.of(runs)
+
 
 class AdapterTable:
     """Adapters by the router's handles, within a budget of bytes. Loads run beside steps, on threads of their own."""
 
-    def __init__(self, linears: Iterable[Site], dtype: torch.dtype) -> None:
+    def __init__(self, linears: Iterable[Site], dtype: torch.dtype, embedding: EmbeddingSite | None = None) -> None:
         self._linears = list(linears)
+        self._embedding = embedding
         self._dtype = dtype
         self._lock = threading.Lock()
         self._adapters: dict[int, Adapter] = {}
@@ -77,7 +103,7 @@ class AdapterTable:
         with self._lock:
             adapters = self._adapters  # of this epoch: a reset meanwhile must not receive what was read for the last
         try:
-            adapter = read_adapter(path, self._linears, self._dtype)
+            adapter = read_adapter(path, self._linears, self._dtype, self._embedding)
         except AdapterError as error:
             raise type(error)(f"adapter {name}: {error}") from error
         with self._lock:

@@ -38,7 +38,9 @@ class Decoder:
             recurrent = RecurrentStep(batch.query_start, rows.slots, rows.fresh, slots.layers)
         step = ForwardStep(batch.positions, self.attention.plan(batch, pool.pages), batch.lora, recurrent)
         x = self.embed(batch.ids, step)
+        if batch.splice is not None:
+            x[batch.splice.tokens] = batch.splice.rows
         x = x.float() if self.wide else x
         for residual in self.residuals:
             residual(x, step)
-        return self.head(x[batch.wanted], step)
+        return self.head(x[batch.wanted], None if batch.lora is None else batch.lora.picked(batch.wanted))

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvrun.dist import Group
-from kvrun.nn.linear import Linear
+from kvrun.nn.linear import Linear, LinearDelta
 from kvrun.nn.norms import Norm
 from kvrun.nn.step import ForwardStep
-from kvrun.quant.format import QuantizedLinear
 from kvrun.weights.split import Span
 
 
@@ -21,6 +20,9 @@ from kvrun.weights.split import Span
 class Embedding:
     """norm(project(table[id] * scale) + position): this rank looks up the ids in `held`, the ranks share what they found."""
 
+    module: str  # of the checkpoint
+    vocabulary: int  # rows of the whole table
+    width: int  # of the table
     rows: Callable[[Tensor], Tensor]  # indices within `held` [T] -> a new [T, width]
     held: Span
     group: Group
@@ -33,6 +35,8 @@ class Embedding:
     def __call__(self, ids: Tensor, step: ForwardStep) -> Tensor:
         """ids [T] int64 -> [T, hidden]"""
         x = self.rows(ids) if self.group.world == 1 else self._share(ids)
+        if step.lora is not None:
+            step.lora.embed(ids, x)
         if self.scale != 1.0:
             x *= torch.tensor(self.scale, dtype=x.dtype)  # rounded first, as the models were trained
         if self.project is not None:
@@ -53,8 +57,7 @@ class Embedding:
 class Head:
     """Logits of the wanted tokens, gathered to rank 0."""
 
-    weight: QuantizedLinear  # [rows of this rank, width]
-    bias: Tensor | None
+    weight: Linear  # to this rank's rows of the vocabulary
     sizes: Sequence[int]  # rows of every rank
     group: Group
     norm: Norm | None = None
@@ -62,12 +65,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def __call__(self, x: Tensor, step: ForwardStep) -> Tensor | None:
-        """x [S, hidden] -> [S, vocabulary] float32 on rank 0, None elsewhere"""
+    def __call__(self, x: Tensor, lora: LinearDelta | None) -> Tensor | None:
+        """x [S, hidden], the adapters of these S tokens -> [S, vocabulary] float32 on rank 0, None elsewhere"""
         x = x if self.norm is None else self.norm(x)
         if self.project is not None:
-            x = self.project(x, step.lora)
-        gathered = self.group.gather_columns(self.weight.matmul(x, self.bias), self.sizes)
+            x = self.project(x, lora)
+        gathered = self.group.gather_columns(self.weight(x, lora), self.sizes)
         if gathered is None:
             return None
         logits = gathered.float()

@@ -28,7 +28,8 @@ class Source:
     out_features: int  # of the whole module
     in_features: int  # of the whole module
     alias: Alias | None = None  # where adapters may hold the module's change too
-    flipped: bool = False  # an adapter's A has the module's outputs and B its inputs
+    flipped: bool = False  # an adapter's A has this linear's outputs and B its inputs
+    also: str = ""  # another name by which adapters know the module
 
 
 class LinearDelta(Protocol):

@@ -28,18 +28,20 @@ def write_checkpoint(row: str, folder: Path, edit: Callable[[dict], dict] = lamb
     Where a published checkpoint is laid out otherwise than transformers saves it, transformers' own lies in `oracle/` there.
     """
     from safetensors.torch import load_file, save_file
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     asked, folder = ROWS[row], Path(folder)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
+    model = auto(asked).from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
     randomise(model)
+    asked.adjust(model)
     model.save_pretrained(folder, **save)
     if asked.published is not None:
         model.save_pretrained(folder / "oracle")
         config, tensors = asked.published(json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"))
         (folder / "config.json").write_text(json.dumps(config))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    write_tokenizer(folder)
+    write_tokenizer(folder, asked.specials)
+    asked.prepare(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     _written[folder] = asked
@@ -57,10 +59,20 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter += 0.2 * noise
             else:
                 parameter.copy_(noise * (0.02 if id(parameter) in embeddings else 6 / parameter.shape[-1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges: any text comes back exactly, and every id is below 259."""
+def auto(row: Row) -> type:
+    """transformers' class that makes models of a row."""
+    import transformers
+
+    return getattr(transformers, row.auto)
+
+
+def write_tokenizer(folder: Path, specials: tuple[str, ...] = ()) -> None:
+    """A byte-level tokenizer without merges: any text comes back exactly, and every id is below 259, further specials from there."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -68,21 +80,22 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIALS, *specials)])
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
 
 
+def oracle_model(folder: Path) -> torch.nn.Module:
+    """transformers' model of a tiny checkpoint in float32, with the attention that computes the truth."""
+    folder = Path(folder)
+    own = folder / "oracle" if (folder / "oracle").is_dir() else folder
+    row = _written.get(folder, Row("", {}))
+    return auto(row).from_pretrained(own, attn_implementation=row.attention, dtype=torch.float32).eval()
+
+
 def oracle(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
     """transformers' logits in float32 for each prompt alone, [tokens, vocabulary]."""
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(folder)
-    row = _written.get(folder, Row("", {}))
-    own = folder / "oracle"
-    model = AutoModelForCausalLM.from_pretrained(
-        own if own.is_dir() else folder, attn_implementation=row.attention, dtype=torch.float32
-    ).eval()
+    model, logits = oracle_model(folder), _written.get(Path(folder), Row("", {})).logits
     with torch.inference_mode():
-        return [row.logits(model, torch.tensor([ids]))[0] for ids in prompts]
+        return [logits(model, torch.tensor([ids]))[0] for ids in prompts]
