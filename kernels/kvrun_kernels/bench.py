@@ -17,7 +17,7 @@ import torch
 
 import kvrun_kernels
 
-OPS = ("linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul")
+OPS = ("linear", "quantized_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from kvrun_kernels.grouped_linear.op import grouped_linear
 from kvrun_kernels.layer_norm.op import layer_norm
 from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear
 from kvrun_kernels.paged_attention.op import paged_attention
+from kvrun_kernels.quantized_linear.op import PackedQuantized, pack_quantized, quantized_linear
 from kvrun_kernels.rms_norm.op import rms_norm
 from kvrun_kernels.rope.op import rope_
 from kvrun_kernels.selective_scan.op import selective_scan
@@ -16,6 +17,7 @@ from kvrun_kernels.store_kv.op import store_kv
 __all__ = [
     "LoraSegments",
     "PackedLinear",
+    "PackedQuantized",
     "Segment",
     "act_mul",
     "activation",
@@ -25,7 +27,9 @@ __all__ = [
     "linear",
     "lora",
     "pack_linear",
+    "pack_quantized",
     "paged_attention",
+    "quantized_linear",
     "rms_norm",
     "rope_",
     "selective_scan",

@@ -1,0 +1,305 @@
+// y = x W^T + b over packed codes with scales per group of inputs.
+//
+// Within a group a sum is one chain of fused multiply-adds over codes, in order; the group's scale then takes it into the
+// output's sum, group after group. Codes are decoded in registers, next to the sums: that costs less than to write them
+// out and read them again, even for many rows. Every tile forms the same chains, so a row's result does not depend on
+// the rows beside it.
+#include <utility>
+
+#include "codes.h"
+#include "rows.h"
+
+namespace kvrun {
+namespace {
+
+constexpr int kVectors = kPanel / Floats::width;
+constexpr bool kWide = Floats::width == 16;
+constexpr int kSums = kWide ? 24 : 12;
+constexpr int kRows = kWide ? 12 : 6;
+// As in linear/cpu.cpp: vectors of a panel in one pass, and panels side by side, so that the sums fit the registers.
+constexpr int vectors_at_once(int rows) { return kWide || rows > 3 ? 2 : 4; }
+constexpr int panels_at_once(int rows) {
+  return kWide && rows == 1 ? 4 : 2 * rows * vectors_at_once(rows) <= kSums ? 2 : 1;
+}
+
+constexpr int64_t kBlock = 512;  // inputs between two tiles, in whole groups; no group is longer
+constexpr int64_t kSlab = 64 * kRows;
+constexpr int64_t kPad = 8;  // inputs are padded to this (op.py)
+
+enum Form { kNibbles, kInt8, kFloat8 };
+enum Offsets { kNone = -1, kShift = 3 };  // besides the codes of dtypes
+
+struct Call {
+  void* out;
+  const void* x;
+  const uint8_t* panels;
+  const void *scales, *offsets;  // [panels][groups][kPanel]
+  const float* table;
+  const void* bias;
+  int64_t rows, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
+
+  int64_t padded() const { return (inputs + kPad - 1) / kPad * kPad; }
+  int64_t groups() const { return (inputs + group - 1) / group; }
+  int64_t group_end(int64_t g) const { return (g + 1) * group < padded() ? (g + 1) * group : padded(); }
+  int64_t panel_bytes() const { return form == kNibbles ? padded() * kPanel / 2 : padded() * kPanel; }
+};
+
+inline Floats load_as(const void* from, int64_t dtype, int64_t at) {
+  if (dtype == 0) return Floats::load((const float*)from + at);
+  if (dtype == 1) return Floats::load((const Bfloat16*)from + at);
+  return Floats::load((const Float16*)from + at);
+}
+
+inline Floats load_shift(const void* from, int64_t at) {
+  typedef int8_t Bytes __attribute__((vector_size(Floats::width)));
+  Bytes bytes;
+  memcpy(&bytes, (const int8_t*)from + at, sizeof bytes);
+  return Floats::Raw(__builtin_convertvector(__builtin_convertvector(bytes, Floats::Ints), Floats::Raw));
+}
+
+template <int N, class F, int... I>
+inline __attribute__((always_inline)) void unrolled(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// Adds groups [first, last) to the sums [P][R][kPanel] of R rows and P adjacent panels. `codes` begins at group `first`.
+template <class S, int R, int P>
+void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typename S::X* x, const float* totals,
+          int64_t panel, int64_t first, int64_t last, float* sums) {
+  constexpr int V = vectors_at_once(R), lanes = Floats::width;
+  constexpr int64_t ahead = 4096;
+  const int64_t groups = call.groups();
+  for (int part = 0; part < kVectors; part += V) {
+    const uint8_t* w = codes + part * lanes * S::bytes;
+    const typename S::X* at = x;
+    for (int64_t g = first; g < last; g++) {
+      Floats s[P][R][V];
+      for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++)
+          for (int v = 0; v < V; v++) s[p][r][v] = Floats::zero();
+      Floats scale[P][V];
+      for (int p = 0; p < P; p++)
+        for (int v = 0; v < V; v++)
+          scale[p][v] = load_as(call.scales, call.scale_dtype, ((panel + p) * groups + g) * kPanel + (part + v) * lanes);
+      const int64_t loads = (call.group_end(g) - g * call.group) / S::inputs;
+      for (int64_t i = 0; i < loads; i++, w += kPanel * S::bytes, at += S::factors * R) {
+        S held[P][V];
+        for (int p = 0; p < P; p++)
+          for (int v = 0; v < V; v++) {
+            const uint8_t* from = w + p * panel_bytes + v * lanes * S::bytes;
+            __builtin_prefetch(from + ahead);
+            held[p][v] = S(from, call.table);
+          }
+        unrolled<S::factors>(
+            [&](auto step) {
+              constexpr int J = decltype(step)::value;
+              typename S::Factor factor[P][V];
+              for (int p = 0; p < P; p++)
+                for (int v = 0; v < V; v++) factor[p][v] = held[p][v].template factor<J>(call.table);
+#pragma GCC unroll 12
+              for (int r = 0; r < R; r++) {
+                const typename S::Spread value(at + J * R + r);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                  for (int v = 0; v < V; v++) s[p][r][v] = S::add(factor[p][v], value, s[p][r][v]);
+              }
+            },
+            std::make_integer_sequence<int, S::factors>{});
+      }
+      for (int p = 0; p < P; p++)
+        for (int v = 0; v < V; v++) {
+          float* to = sums + p * R * kPanel + (part + v) * lanes;
+          for (int r = 0; r < R; r++) fma(scale[p][v], s[p][r][v], Floats::load(to + r * kPanel)).store(to + r * kPanel);
+          if (call.offset_dtype == kNone) continue;
+          const int64_t column = ((panel + p) * groups + g) * kPanel + (part + v) * lanes;
+          const Floats offset = call.offset_dtype == kShift ? scale[p][v] * load_shift(call.offsets, column)
+                                                            : load_as(call.offsets, call.offset_dtype, column);
+          for (int r = 0; r < R; r++)
+            fma(offset, Floats(totals[g * R + r]), Floats::load(to + r * kPanel)).store(to + r * kPanel);
+        }
+    }
+  }
+}
+
+template <class S>
+using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*, const float*, int64_t, int64_t, int64_t,
+                      float*);
+
+template <class S>
+struct Tiles {
+  Tile<S> one[kRows + 1] = {};
+  Tile<S> side_by_side[kRows + 1] = {};
+
+  template <int... R>
+  constexpr explicit Tiles(std::integer_sequence<int, R...>)
+      : one{nullptr, tile<S, R + 1, 1>...}, side_by_side{nullptr, tile<S, R + 1, panels_at_once(R + 1)>...} {}
+};
+
+template <class S>
+constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
+
+// A slab of rows in its layout: x tile by tile, and the sum of each group's inputs where offsets need it.
+template <class X>
+struct Slab {
+  Rows rows;
+  int64_t row0;
+  const X* x;
+  const float* totals;
+};
+
+// A task: adjacent panels against adjacent tiles.
+template <class S>
+void multiply(const Call& call, const Slab<typename S::X>& slab, int64_t first_panel, int64_t last_panel, int64_t first_tile,
+              int64_t last_tile) {
+  const Rows& rows = slab.rows;
+  const int64_t across = last_panel - first_panel, tiles = last_tile - first_tile, groups = call.groups();
+  const int64_t factors = call.padded() / S::inputs * S::factors;
+  const int64_t step = kWide && tiles == 1 ? groups : kBlock / call.group;
+  const size_t sum_bytes = tiles * kRows * across * kPanel * sizeof(float);
+  float* sums = (float*)scratch(kTask, sum_bytes);
+  memset(sums, 0, sum_bytes);
+  for (int64_t g = 0; g < groups; g += step) {
+    const int64_t last = g + step < groups ? g + step : groups, load = g * call.group / S::inputs;
+    for (int64_t t = first_tile; t < last_tile; t++) {
+      const int height = rows.height(t), pair = panels_at_once(height);
+      const typename S::X* x = slab.x + rows.begin(t) * factors + load * S::factors * height;
+      const float* totals = slab.totals + rows.begin(t) * groups;
+      float* to = sums + (t - first_tile) * kRows * across * kPanel;
+      for (int64_t p = first_panel; p < last_panel;) {
+        const int taken = last_panel - p >= pair ? pair : 1;
+        const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
+        run(call, call.panels + p * call.panel_bytes() + load * kPanel * S::bytes, call.panel_bytes(), x, totals, p, g, last, to);
+        to += taken * height * kPanel;
+        p += taken;
+      }
+    }
+  }
+  with_dtype(call.out_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for (int64_t t = first_tile; t < last_tile; t++) {
+      const float* from = sums + (t - first_tile) * kRows * across * kPanel;
+      for (int64_t p = first_panel; p < last_panel; p++) {
+        const int64_t n = p * kPanel, count = call.outputs - n < kPanel ? call.outputs - n : kPanel;
+        for (int64_t r = 0; r < rows.height(t); r++, from += kPanel)
+          finish((T*)call.out + (slab.row0 + rows.begin(t) + r) * call.outputs, from, call.bias, call.bias_dtype, n, count);
+      }
+    }
+  });
+}
+
+// The sum of each group of a row's inputs, in an order of its own.
+template <class T>
+void total(const Call& call, const T* row, int height, float* totals) {
+  constexpr int lanes = Floats::width;
+  for (int64_t g = 0; g < call.groups(); g++) {
+    const int64_t end = (g + 1) * call.group < call.inputs ? (g + 1) * call.group : call.inputs;
+    Floats all = Floats::zero();
+    for (int64_t k = g * call.group; k < end; k += lanes)
+      all = all + (end - k >= lanes ? Floats::load(row + k) : Floats::load(row + k, end - k));
+    totals[g * height] = sum(all);
+  }
+}
+
+template <class S, class T>
+void run_slab(const Call& call, int64_t row0, int64_t count) {
+  using X = typename S::X;
+  const Rows rows(count, kRows);
+  const int64_t padded = call.padded(), factors = padded / S::inputs * S::factors, groups = call.groups();
+  const bool offsets = call.offset_dtype != kNone;
+  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + (offsets ? count * groups * sizeof(float) : 0));
+  float* totals = (float*)(x + count * factors);
+  constexpr int64_t piece = 2048;
+  const int64_t pieces = (padded + piece - 1) / piece;
+  const auto prepare = [&](int64_t i) {
+    const int64_t t = i / pieces, first = i % pieces * piece, last = first + piece < padded ? first + piece : padded;
+    const T* from = (const T*)call.x + (row0 + rows.begin(t)) * call.stride;
+    const int height = rows.height(t);
+    lay_out<kRows>(x + rows.begin(t) * factors, from, call.stride, height, first, last, call.inputs);
+    if (offsets && first == 0)
+      for (int r = 0; r < height; r++) total(call, from + r * call.stride, height, totals + rows.begin(t) * groups + r);
+  };
+  // Waking the others costs more than a few short rows.
+  if (count * padded < 32768)
+    for (int64_t i = 0; i < rows.tiles * pieces; i++) prepare(i);
+  else
+    parallel_for(rows.tiles * pieces, prepare);
+
+  const Slab<X> slab{rows, row0, x, totals};
+  const int64_t panels = (call.outputs + kPanel - 1) / kPanel, enough = 8 * thread_count();
+  int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
+  while (group > 1 && panels < group * enough) group /= 2;
+  const int64_t tasks = (panels + group - 1) / group;
+  int64_t cuts = tasks < enough ? enough / tasks : 1;
+  if (cuts > rows.tiles) cuts = rows.tiles;
+  parallel_for(tasks * cuts, [&](int64_t i) {
+    const int64_t first = i / cuts * group, last = first + group < panels ? first + group : panels, cut = i % cuts;
+    multiply<S>(call, slab, first, last, rows.tiles * cut / cuts, rows.tiles * (cut + 1) / cuts);
+  });
+}
+
+template <class S, class T>
+void run_all(const Call& call) {
+  for (int64_t row = 0; row < call.rows; row += kSlab)
+    run_slab<S, T>(call, row, call.rows - row < kSlab ? call.rows - row : kSlab);
+}
+
+// codes [outputs, inputs], a byte each, into the layout of codes.h.
+void pack(uint8_t* panels, const uint8_t* codes, int64_t outputs, int64_t inputs, bool nibbles) {
+  const int64_t padded = (inputs + kPad - 1) / kPad * kPad, count = (outputs + kPanel - 1) / kPanel;
+  const int64_t panel_bytes = padded * kPanel / (nibbles ? 2 : 1);
+  prefer_huge_pages(panels, count * panel_bytes);
+  const int64_t unit = nibbles ? 8 : 2, bytes = nibbles ? 4 : 2;
+  parallel_for(count, [&](int64_t p) {
+    for (int64_t n = 0; n < kPanel; n++) {
+      const int64_t row = p * kPanel + n;
+      uint8_t* to = panels + p * panel_bytes + n * bytes;
+      for (int64_t k = 0; k < padded; k += unit, to += kPanel * bytes) {
+        uint8_t c[8] = {};
+        if (row < outputs)
+          for (int64_t i = 0; i < unit && k + i < inputs; i++) c[i] = codes[row * inputs + k + i];
+        if (nibbles) {
+          const uint8_t packed[4] = {uint8_t(c[0] | c[2] << 4), uint8_t(c[4] | c[6] << 4), uint8_t(c[1] | c[3] << 4),
+                                     uint8_t(c[5] | c[7] << 4)};
+          memcpy(to, packed, 4);
+        } else {
+          memcpy(to, c, 2);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvrun
+
+KVRUN_OP(quantized_linear)
+(void* out, const void* x, const void* panels, const void* scales, const void* offsets, const void* table, const void* bias,
+ int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form, int64_t scale_dtype,
+ int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t exact_in_bfloat16) {
+  using namespace kvrun;
+  Call call{out, x, (const uint8_t*)panels, scales, offsets, (const float*)table, bias, rows, outputs, inputs,
+            stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+#if defined(__AVX512BF16__)
+  if (x_dtype == 1 && exact_in_bfloat16) {
+    uint16_t halves[32];
+    for (int i = 0; i < 32; i++) halves[i] = uint16_t(float_to_bits(call.table[i % 16]) >> 16);
+    call.table = (const float*)halves;
+    if (form == kNibbles) return run_all<NibblesDot, Bfloat16>(call);
+    if (form == kInt8) return run_all<Int8Dot, Bfloat16>(call);
+  }
+#else
+  (void)exact_in_bfloat16;
+#endif
+  with_dtype(x_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (form == kNibbles) return run_all<Nibbles, T>(call);
+    if (form == kInt8) return run_all<Int8, T>(call);
+    run_all<Float8, T>(call);
+  });
+}
+
+KVRUN_OP(pack_quantized)
+(void* panels, const void* codes, int64_t outputs, int64_t inputs, int64_t nibbles) {
+  kvrun::pack((uint8_t*)panels, (const uint8_t*)codes, outputs, inputs, nibbles);
+}

@@ -1,0 +1,183 @@
+"""Matrix products with weights of 4 or 8 bits that share scales in groups, packed once into the layout the kernel streams."""
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.linear.op import PANEL
+
+SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None) -> Tensor"
+
+# Inputs are padded to this, and a group is a multiple of it: one word of nibbles.
+WORD = 8
+# Inputs that one chain of a sum takes at most; a longer group repeats its scale (cpu.cpp: kBlock).
+LONGEST_GROUP = 512
+# Where the inputs of a word lie, lowest bits first: the even ones in the lower half.
+NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What the kernel reads an e4m3fn code of one as, to the power of -1.
+FLOAT8_UNIT = 256.0
+INTEGERS = tuple(float(code) for code in range(-8, 8))
+
+_kernel = Kernel("quantized_linear", "ppppppp iiii iiiiiii")
+_pack = Kernel("pack_quantized", "pp iii")
+_FORMS = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
+_NO_OFFSET, _SHIFT = -1, 3
+
+
+class PackedQuantized:
+    """A weight [out_features, in_features] as codes in panels of 32 outputs, with a scale for every `group` inputs.
+
+    A weight is `scale * table[code]` for codes of 4 bits and `scale * code` for int8 and float8_e4m3fn. To that adds
+    `scale * shift` where `offsets` is int8 (a zero point), or the offset itself where it is a float.
+    """
+
+    __slots__ = ("codes", "exact_in_bfloat16", "group", "in_features", "offsets", "out_features", "panels", "scales", "table")
+
+    def __init__(
+        self,
+        codes: torch.dtype,
+        panels: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None,
+        table: Tensor,
+        group: int,
+        shape: tuple[int, int],
+    ):
+        self.codes = codes  # uint8 for 4 bits, int8 or float8_e4m3fn
+        self.panels = panels  # [panels, inputs / 8, 32, 4] uint8 for 4 bits, else [panels, inputs / 2, 32, 2]
+        self.scales = scales  # [panels, groups, 32]
+        self.offsets = offsets  # [panels, groups, 32]
+        self.table = table  # [16] float32
+        self.out_features, self.in_features = shape
+        self.group = group  # inputs; the last group may be shorter
+        # Where this holds, inputs of bfloat16 may meet the codes in bfloat16: nothing is rounded.
+        self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scales and padding included."""
+        return self.panels.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""
+        panel, row = ids // PANEL, ids % PANEL
+        held = self.panels[panel, :, row].flatten(1)
+        scales = self.scales[panel, :, row].float()
+        weight = self._spread(scales)
+        if self.codes == torch.uint8:
+            nibbles = torch.stack((held & 15, held >> 4), dim=-1).view(len(ids), -1, WORD)
+            codes = torch.empty_like(nibbles)
+            codes[..., NIBBLE_ORDER] = nibbles
+            values = self.table[codes.flatten(1).int()]
+        else:
+            values = held.view(self.codes).float()
+            if self.codes == torch.float8_e4m3fn:
+                values = values / FLOAT8_UNIT
+        values = values[:, : self.in_features]
+        if self.offsets is None:
+            return values * weight
+        offsets = self._spread(self.offsets[panel, :, row].float())
+        if self.offsets.dtype == torch.int8:
+            return (values + offsets) * weight
+        return values * weight + offsets
+
+    def dense(self) -> Tensor:
+        """The whole weight they stand for. -> [out_features, in_features] float32"""
+        return self.rows(torch.arange(self.out_features))
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        return per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
+
+
+def pack_quantized(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None = None, *, group: int | None = None, table: Tensor | None = None
+) -> PackedQuantized:
+    """Lay out codes for `quantized_linear`; see PackedQuantized for what they stand for.
+
+    codes [out, in], uint8 (0 to 15), int8 or float8_e4m3fn · scales and offsets [out, groups], one for each `group` inputs or
+    for the whole row · table [16], the integers from -8 when absent. ValueError when a group is not a multiple of 8 inputs.
+    """
+    out_features, in_features = codes.shape
+    if codes.dtype not in _FORMS:
+        raise ValueError(f"codes of uint8, int8 or float8_e4m3fn asked, found {codes.dtype}; convert them first")
+    group = -(-in_features // WORD) * WORD if group is None else group
+    groups = -(-in_features // group)
+    if scales.shape != (out_features, groups):
+        raise ValueError(f"scales of shape {[out_features, groups]} asked, found {list(scales.shape)}; one for each {group} inputs")
+    if codes.dtype == torch.float8_e4m3fn:
+        if offsets is not None:
+            raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
+        scales = scales.float() * FLOAT8_UNIT
+    held = _chain(group)
+    if held != group:
+        index = torch.arange(0, in_features, held) // group
+        scales, offsets = scales[:, index], None if offsets is None else offsets[:, index]
+    panels = _panels(codes, codes.dtype == torch.uint8)
+    given = torch.tensor(INTEGERS) if table is None else table.float().contiguous()
+    offsets = None if offsets is None else _columns(offsets)
+    return PackedQuantized(codes.dtype, panels, _columns(scales), offsets, given, held, (out_features, in_features))
+
+
+def _chain(group: int) -> int:
+    """The longest group that the kernel takes and this one is made of."""
+    if group % WORD:
+        raise ValueError(f"groups of a multiple of {WORD} inputs asked, found {group}; this cut of the weight has no kernel")
+    if group <= LONGEST_GROUP:
+        return group
+    return next(shorter for shorter in range(LONGEST_GROUP, 0, -WORD) if group % shorter == 0)
+
+
+def _columns(per_group: Tensor) -> Tensor:
+    """[out, groups] -> [panels, groups, 32], padded with zeros."""
+    out, groups = per_group.shape
+    padded = per_group.new_zeros((-(-out // PANEL) * PANEL, groups))
+    padded[:out] = per_group
+    return padded.view(-1, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def _panels(codes: Tensor, nibbles: bool) -> Tensor:
+    """[out, in] -> the panels of PackedQuantized."""
+    out, inputs = codes.shape
+    count, padded = -(-out // PANEL), -(-inputs // WORD) * WORD
+    shape = (count, padded // WORD, PANEL, 4) if nibbles else (count, padded // 2, PANEL, 2)
+    if _pack.run is not None and codes.is_cpu:
+        panels, codes = torch.empty(shape, dtype=torch.uint8), codes.contiguous()
+        _pack.run(panels.data_ptr(), codes.data_ptr(), out, inputs, int(nibbles))
+        return panels
+    laid = torch.zeros((count * PANEL, padded), dtype=torch.uint8)
+    laid[:out, :inputs] = codes.view(torch.uint8)
+    if not nibbles:
+        return laid.view(count, PANEL, -1, 2).transpose(1, 2).contiguous()
+    ordered = laid.view(count, PANEL, -1, WORD)[..., NIBBLE_ORDER]
+    return (ordered[..., 0::2] | ordered[..., 1::2] << 4).transpose(1, 2).contiguous()
+
+
+def reference(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
+    out = x.float() @ packed.dense().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows by the transpose of what the codes stand for and add the bias; sums are float32 and rounded once.
+
+    x [rows, in_features] · bias [out_features] · out [rows, out_features], dtype of x. A row's result is the same to
+    the bit whatever the number of rows.
+    """
+    if x.dim() != 2 or x.shape[1] != packed.in_features:
+        raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")
+    if _kernel.run is None or not on_cpu(x, bias):
+        return reference(x, packed, bias)
+    out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+    offsets = packed.offsets
+    if offsets is None:
+        offset_dtype = _NO_OFFSET
+    else:
+        offset_dtype = _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
+    _kernel.run(
+        out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), packed.scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),
+        x.shape[0], packed.out_features, packed.in_features, x.stride(0),
+        packed.group, _FORMS[packed.codes], DTYPES[packed.scales.dtype], offset_dtype, DTYPES[x.dtype],
+        0 if bias is None else DTYPES[bias.dtype], int(packed.exact_in_bfloat16),
+    )  # fmt: skip
+    return out
