@@ -1,18 +1,20 @@
 """Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks."""
 
+from contextlib import ExitStack
 from dataclasses import fields, replace
 
 import kvrun_kernels
 import pytest
 import torch
 from kvrun import models
-from kvrun.spec import Alibi, Head, Layer, Model, Parallel, PostNorm, Residual
-from ragged import WORLDS, Runner
+from kvrun.spec import Alibi, Attention, Head, Layer, LinearScaling, Model, Parallel, PostNorm, Residual, RmsNorm
+from ragged import Runner, ranks
 from tiny import ROWS, VOCABULARY, oracle
 
 NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
+WORLDS = (1, 2, 3, 4)
 SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
@@ -21,6 +23,19 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]
     """Random token ids without the specials."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """Runners at one to four ranks; the further ranks are processes of their own."""
+    at = tmp_path_factory.mktemp("rendezvous")
+    with ExitStack() as stack:
+        yield {world: stack.enter_context(ranks(world, at / str(world))) for world in WORLDS}
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +206,58 @@ def plain(head):
     return Head(**{field.name: getattr(head, field.name) for field in fields(head)})
 
 
+def steps(change):
+    """The model with every step of its layers made into a list of others."""
+
+    def layers(model: Model) -> Model:
+        changed = tuple(Layer(layer.at, tuple(c for s in layer.steps for c in change(s))) for layer in model.decoder.layers)
+        return replace(model, decoder=replace(model.decoder, layers=changed))
+
+    return layers
+
+
+def attentions(change):
+    """The model with the attention of every layer changed."""
+    return lambda model: mutated(model, lambda mixer: change(mixer) if isinstance(mixer, Attention) else mixer)
+
+
+def rotated_everywhere(model: Model) -> Model:
+    """Layers without positions take those of the layers that have them."""
+    (position,) = {m.position for layer in model.decoder.layers for s in layer.steps for m in s.mixers if getattr(m, "position", None)}
+    return attentions(lambda a: replace(a, position=position))(model)
+
+
 MUTATIONS = {
+    "queries and keys as long as they are": ("qwen3", attentions(lambda a: replace(a, norm=None))),
+    "a norm per head left out": ("cohere_plus", attentions(lambda a: replace(a, norm=None))),
+    "a norm of whole projections left out": ("olmo2", attentions(lambda a: replace(a, norm=None))),
+    "no cap on the scores": ("gemma2", attentions(lambda a: replace(a, softcap=None))),
+    "no cap on the logits": ("gemma2", ends(head=lambda h: replace(h, softcap=None))),
+    "windows on the other layers": ("gemma2", attentions(lambda a: replace(a, window=None if a.window else 8))),
+    "no norms after the parts": ("gemma2", steps(lambda s: [Residual(s.norm, *s.mixers)])),
+    "norms after the sum": ("olmo2", steps(lambda s: [PostNorm(s.after, *s.mixers)])),
+    "norms before the parts": ("olmo2", steps(lambda s: [Residual(s.after, *s.mixers)])),
+    "an embedding as it is": ("gemma", ends(lambda e: replace(e, scale=1.0))),
+    "norms that count from zero": ("gemma", lambda m: mutated(m, norm=lambda n: replace(n, offset=0.0))),
+    "scores scaled by the heads' width": ("gemma3", attentions(lambda a: replace(a, scale=None))),
+    "one base for all layers": ("gemma3", attentions(lambda a: replace(a, position=replace(a.position, theta=1e4)))),
+    "layers stretched that are not": ("olmo3", attentions(lambda a: replace(a, position=replace(a.position, scaling=LinearScaling(2.0))))),
+    "layers not stretched that are": ("olmo3", attentions(lambda a: replace(a, position=replace(a.position, scaling=None)))),
+    "logits as they are": ("cohere", ends(head=lambda h: replace(h, scale=1.0))),
+    "feed-forward without the shared norm": (
+        "cohere",
+        steps(lambda s: [Parallel(Residual(s.norm, s.mixers[0]), Residual(None, s.mixers[1]))]),
+    ),
+    "feed-forward after attention": ("phi", steps(lambda s: [Residual(s.norm, mixer) for mixer in s.mixers])),
+    "a head without its bias": ("phi", ends(head=lambda h: replace(h, bias=False))),
+    "positions on every layer of Cohere": ("cohere2", rotated_everywhere),
+    "positions on every layer of SmolLM": ("smollm3", rotated_everywhere),
+    "positions on every layer of EXAONE": ("exaone4", rotated_everywhere),
+    "parts added whole": ("granite", steps(lambda s: [Residual(s.norm, *s.mixers)])),
+    "scores scaled as elsewhere": ("granite", attentions(lambda a: replace(a, scale=None))),
+    "layer norms that keep the mean": ("starcoder2", lambda m: mutated(m, norm=lambda n: RmsNorm(n.name, n.eps))),
+    "half of each head rotated": ("stablelm", lambda m: mutated(m, rope(dim=8))),
+    "all of each head rotated": ("glm4", lambda m: mutated(m, rope(dim=16))),
     "norms before in place of after": ("opt_350m", residuals_for_post_norms),
     "positions from row 1": ("opt", ends(lambda e: replace(e, position=replace(e.position, offset=1)))),
     "no norm on the embedding": ("bloom", ends(lambda e: replace(e, norm=None))),
