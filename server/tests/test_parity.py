@@ -1,6 +1,5 @@
 """Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks."""
 
-from contextlib import ExitStack
 from dataclasses import fields, replace
 
 import kvrun_kernels
@@ -8,13 +7,12 @@ import pytest
 import torch
 from kvrun import models
 from kvrun.spec import Alibi, Attention, Head, Layer, LinearScaling, Model, Parallel, PostNorm, Residual, RmsNorm
-from ragged import Runner, ranks
+from ragged import WORLDS, Runner
 from tiny import ROWS, VOCABULARY, oracle
 
 NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
-WORLDS = (1, 2, 3, 4)
 SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
@@ -23,19 +21,6 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]
     """Random token ids without the specials."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def groups(tmp_path_factory):
-    """Runners at one to four ranks; the further ranks are processes of their own."""
-    at = tmp_path_factory.mktemp("rendezvous")
-    with ExitStack() as stack:
-        yield {world: stack.enter_context(ranks(world, at / str(world))) for world in WORLDS}
 
 
 @pytest.fixture(scope="session")
