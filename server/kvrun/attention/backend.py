@@ -63,19 +63,20 @@ class Scores:
     slopes: Tensor | None = None  # [heads] float32: added per position of distance
     softcap: float = 0.0  # scores become cap * tanh(score / cap); 0 = as they are
     sinks: Tensor | None = None  # [heads] float32: logits that take their share and give nothing
+    value_dim: int | None = None  # a key's first numbers are its value; None = values are stored beside keys
     relative: Tensor | None = None  # [heads, 2 * R + 1] float32: added by key minus query position, kept within -R..R
 
 
 class AttentionStep(Protocol):
     """A prepared step."""
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """Store k and v in their slots, then attend each query to its sequence's pages up to itself.
 
-        q [T, heads, dim] · k, v [T, kv_heads, dim] · out [T, heads, dim]
+        q [T, heads, dim] · k, v [T, kv_heads, dim], v None where scores give a value_dim · out [T, heads, dim or value_dim]
         """
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store k and v in their slots. k, v [T, kv_heads, dim]"""
 
     def recall(self, layer: int, q: Tensor, scores: Scores) -> Tensor:

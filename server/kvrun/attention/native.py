@@ -18,16 +18,16 @@ class NativeStep:
     batch: Ragged
     kv: KvPages
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """See AttentionStep."""
         self.store(layer, k, v)
         b, pool, s = self.batch, self.kv.layers[layer], scores
         return ops.paged_attention(
             q, pool, b.query_start, b.contexts, b.page_table, s.scale, s.window, s.softcap, s.slopes,
-            sinks=s.sinks, reach=b.reach, relative=s.relative,
+            sinks=s.sinks, reach=b.reach, relative=s.relative, value_dim=s.value_dim,
         )  # fmt: skip
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """See AttentionStep."""
         ops.store_kv(k, v, self.kv.layers[layer], self.batch.slots)
 

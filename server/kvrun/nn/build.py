@@ -22,7 +22,7 @@ from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear, Source
 from kvrun.nn.loaded import LoadedModel
 from kvrun.nn.norms import Narrowed, Norm, norm_of
-from kvrun.nn.parts import Parts, Shared, build_mixer
+from kvrun.nn.parts import Folded, Parts, Shared, build_mixer
 from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
 from kvrun.quant import Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
@@ -201,10 +201,10 @@ class _Build:
         return tuple(self._mixer(mixer, at) for mixer in mixers)
 
     def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
-        plan = plan_mixer(mixer, at, self._hidden, self.shared.split)
-        linears = {key: self._linear(part) for key, part in plan.linears.items()}
-        folded = {key: self._weight(part).dense() for key, part in plan.folded.items()}
-        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
+        plan = plan_mixer(mixer, at, self.hidden, self.shared.split)
+        linears = {key: self.linear(part) for key, part in plan.linears.items()}
+        folded = {key: Folded(self._weight(part).dense(), _sources(part)[0]) for key, part in plan.folded.items()}
+        return build_mixer(mixer, Parts(linears, self.tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
     def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
         return {key: self._loader.table(plan, torch.float32 if plan.exact else self.shared.dtype) for key, plan in plans.items()}

@@ -70,6 +70,14 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A matrix that a module takes apart and makes others of."""
+
+    weight: Tensor  # [out, in] of this rank
+    source: Source
+
+
+@dataclass(frozen=True)
 class Parts:
     """This rank's share of one mixer, by the names of its plan."""
 
@@ -78,7 +86,7 @@ class Parts:
     pages: PageShape | None
     slots: tuple[SlotShape, ...]
     shared: Shared
-    folded: Mapping[str, Tensor] = field(default_factory=dict)  # [out, in]
+    folded: Mapping[str, Folded] = field(default_factory=dict)
 
 
 @singledispatch

@@ -53,7 +53,7 @@ def _(router: GroupedSoftmax, correction: Tensor | None) -> Route:
 @route_of.register
 def _(router: GroupedSigmoid, correction: Tensor | None) -> Route:
     def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits.sigmoid()
+        scores = sigmoid(logits)
         wanted = scores + correction
         standing = wanted.unflatten(-1, (router.groups, -1)).topk(2, dim=-1).values.sum(-1)
         choice = _within(wanted, standing, router.top_groups, float("-inf")).topk(router.top, dim=-1).indices
@@ -78,6 +78,11 @@ def _(router: SparseMixer, correction: Tensor | None) -> Route:
         return torch.cat([first, second], -1), torch.cat([first_weight, second_weight], -1)
 
     return route
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), as the softmax of x beside 0: torch's own rounds a tensor's last numbers otherwise than the rest."""
+    return torch.stack([x, torch.zeros_like(x)], -1).softmax(-1)[..., 0]
 
 
 def _within(scores: Tensor, standing: Tensor, groups: int, outside: float) -> Tensor:

@@ -31,6 +31,7 @@ ALIASES = {
     "dtype": ("torch_dtype",),
     "rope_theta": ("rotary_emb_base",),
     "partial_rotary_factor": ("rotary_pct",),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
 }
 Scalar = Any  # what JSON holds: a number, a text, a list, a mapping
 

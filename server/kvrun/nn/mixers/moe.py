@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.nn.grouped import GroupedLinear, sorted_by
 from kvrun.nn.linear import Linear
 from kvrun.nn.parts import Parts, activation, build_mixer
-from kvrun.nn.routing import Route, route_of
+from kvrun.nn.routing import Route, route_of, sigmoid
 from kvrun.nn.step import ForwardStep, Mixer
 from kvrun.spec import ClampedSwiGlu, StackedExperts
 from kvrun.spec import moe as spec
+
+
+QUICK = 1.702  # quick_gelu(x) = x * sigmoid(1.702 * x)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Gated:
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
         """x [T, hidden] -> [T, hidden]"""
-        return self.part(x, step).mul_(torch.sigmoid(self.gate(x, step.lora)))
+        return self.part(x, step).mul_(sigmoid(self.gate(x, step.lora)))
 
 
 @build_mixer.register
@@ -80,7 +82,9 @@ def _act(act: str | ClampedSwiGlu, alternating: bool) -> Callable[[Tensor], Tens
         gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if alternating else both.chunk(2, -1)
         if isinstance(act, str):
             return ops.activation(gate.contiguous(), activation(act)) * up
-        gate, up = gate.float().clamp(max=act.limit), up.float().clamp(-act.limit, act.limit)
-        return ((up + 1) * gate * torch.sigmoid(act.alpha * gate)).to(both.dtype)
+        # gate * sigmoid(alpha * gate), of which the kernels know the one with alpha 1.702.
+        stretched = act.alpha / QUICK
+        gate = ops.activation(gate.float().clamp(max=act.limit).mul_(stretched), "quick_gelu").div_(stretched)
+        return (up.float().clamp(-act.limit, act.limit).add_(1) * gate).to(both.dtype)
 
     return apart
