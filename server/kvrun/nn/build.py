@@ -204,7 +204,7 @@ class _Build:
         plan = plan_mixer(mixer, at, self.hidden, self.shared.split)
         linears = {key: self.linear(part) for key, part in plan.linears.items()}
         folded = {key: Folded(self._weight(part).dense(), _sources(part)[0]) for key, part in plan.folded.items()}
-        return build_mixer(mixer, Parts(linears, self.tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
+        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
     def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
         return {key: self._loader.table(plan, torch.float32 if plan.exact else self.shared.dtype) for key, plan in plans.items()}
