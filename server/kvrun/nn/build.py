@@ -202,7 +202,7 @@ class _Build:
 
     def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
         plan = plan_mixer(mixer, at, self.hidden, self.shared.split)
-        linears = {key: self.linear(part) for key, part in plan.linears.items()}
+        linears = {key: self._linear(part) for key, part in plan.linears.items()}
         folded = {key: Folded(self._weight(part).dense(), _sources(part)[0]) for key, part in plan.folded.items()}
         return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
