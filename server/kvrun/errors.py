@@ -47,6 +47,10 @@ class AdapterTooLarge(AdapterError):
     """The bytes set aside for adapters have no room left for this one."""
 
 
+class ImageError(KvrunError):
+    """An image cannot be read or shown to the model; only the sequence that has it fails."""
+
+
 class ProtocolError(KvrunError):
     """A call breaks a rule of the wire; always a bug of the caller, never of a client."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from kvrun.nn.norms import Narrowed, Norm, norm_of
 from kvrun.nn.parts import Folded, Parts, Shared, build_mixer
 from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
+from kvrun.nn.vision.build import build_sight
+from kvrun.nn.vision.sight import Sight
 from kvrun.quant import Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
@@ -37,6 +40,7 @@ from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, pla
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
+PEFT_HEAD = "lm_head"  # what transformers calls any model's head, whatever its published files call it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,6 +71,7 @@ def load_model(
     build = _Build(model, plan, loader, weights, chosen, group)
     decoder = build.decoder()
     encoder = build.encoder(decoder.embed)
+    sight = build.sight()
     checkpoint.close()
     vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
@@ -75,6 +80,7 @@ def load_model(
         architecture=config.architecture,
         decoder=decoder,
         encoder=encoder,
+        sight=sight,
         linears=build.linears,
         page_shapes=build.shared.pages.shapes,
         slot_shapes=build.shared.slots,
@@ -118,7 +124,7 @@ class _Build:
         self._model, self._plan, self._loader, self._format, self._dense = model, plan, loader, weights, Dense()
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
-        self._hidden = model.decoder.embed.hidden
+        self.hidden = model.decoder.embed.hidden
 
     @property
     def elements(self) -> int:
@@ -130,7 +136,7 @@ class _Build:
         """All of it, in the order in which a token passes through."""
         head = self._head_weight()
         embed = self._embedding(head)
-        residuals = tuple(self._step(step, layer.at) for layer in self._model.decoder.layers for step in layer.steps)
+        residuals = tuple(self.step(step, layer.at) for layer in self._model.decoder.layers for step in layer.steps)
         rotaries, wide = tuple(self.shared.rotaries.values()), self._model.decoder.wide
         return Decoder(embed, residuals, self._head(head), Native(), rotaries, wide)
 
@@ -139,8 +145,18 @@ class _Build:
         encoder = self._model.encoder
         if encoder is None:
             return None
-        residuals = tuple(self._step(step, layer.at) for layer in encoder.layers for step in layer.steps)
-        return Encoder(embed, residuals, self._norm(encoder.norm, ""), tuple(self.shared.readers), Native())
+        residuals = tuple(self.step(step, layer.at) for layer in encoder.layers for step in layer.steps)
+        return Encoder(embed, residuals, self.norm(encoder.norm, ""), tuple(self.shared.readers), Native())
+
+    def sight(self) -> Sight | None:
+        """What turns images into rows for the embedding."""
+        return None if self._model.images is None else build_sight(self._model.images, self)
+
+    def aside(self, hidden: int) -> _Build:
+        """The same walk over layers of another width that every rank holds in full and no adapter changes."""
+        other = copy(self)
+        other.hidden, other.shared = hidden, Shared(Split(), Group.single(), self.shared.dtype)
+        return other
 
     def _head_weight(self) -> DenseLinear:
         weight = self._loader.table(self._plan.head.weight, self.shared.dtype)
@@ -154,45 +170,54 @@ class _Build:
         shared = self._shares_embedding and not isinstance(self._model.decoder.head, UnitHead)
         rows = head.rows if shared else partial(functional.embedding, weight=self._loader.table(plan.table, self.shared.dtype))
         return Embedding(
+            embed.name,
+            embed.vocabulary,
+            embed.width or embed.hidden,
             rows,
             held=plan.table.rows[0],
             group=self.shared.group,
             scale=embed.scale,
-            project=None if plan.project is None else self._linear(plan.project),
+            project=None if plan.project is None else self.linear(plan.project),
             positions=None if plan.position is None else self._loader.table(plan.position, self.shared.dtype),
             offset=0 if embed.position is None else embed.position.offset,
-            norm=None if embed.norm is None else norm_of(embed.norm, self._tables(plan.norm)),
+            norm=None if embed.norm is None else norm_of(embed.norm, self.tables(plan.norm)),
         )
 
     def _head(self, weight: DenseLinear) -> Head:
         head, plan = self._model.decoder.head, self._plan.head
+        bias = None if plan.bias is None else self._loader.table(plan.bias, self.shared.dtype)
+        vocabulary, width = plan.weight.shape
+        source = Source(head.name, indices(plan.weight.rows), 0, None, vocabulary, width, also=PEFT_HEAD)
+        linear = Linear(len(self.linears), "column", (source,), weight, bias, len(source.rows), width)
+        self.linears.append(linear)
         return Head(
-            weight,
-            None if plan.bias is None else self._loader.table(plan.bias, self.shared.dtype),
+            linear,
             sizes=self.shared.split.sizes(self._model.decoder.embed.vocabulary),
             group=self.shared.group,
-            norm=None if head.norm is None else self._narrowed(norm_of(head.norm, self._tables(plan.norm))),
-            project=None if plan.project is None else self._linear(plan.project),
+            norm=None if head.norm is None else self._narrowed(norm_of(head.norm, self.tables(plan.norm))),
+            project=None if plan.project is None else self.linear(plan.project),
             scale=head.scale,
             softcap=head.softcap,
         )
 
-    def _step(self, step: Step, at: str) -> Residual | PostNorm:
+    def step(self, step: Step, at: str) -> Residual | PostNorm:
+        """A step of the layer at `at`."""
         group = self.shared.group
         if isinstance(step, SpecPostNorm):
-            return PostNorm(Residual((Branch(None, self._mixers(step.mixers, at)),), group), self._norm(step.norm, at))
+            return PostNorm(Residual((Branch(None, self._mixers(step.mixers, at)),), group), self.norm(step.norm, at))
         residuals = step.residuals if isinstance(step, Parallel) else (step,)
         if len(residuals) > 1 and any(residual.after is not None or residual.scale != residuals[0].scale for residual in residuals):
             raise Unsupported(f"{at}: parallel residuals that are normalised or scaled apart are not served")
         branches = tuple(
-            Branch(None if residual.norm is None else self._norm(residual.norm, at), self._mixers(residual.mixers, at))
+            Branch(None if residual.norm is None else self.norm(residual.norm, at), self._mixers(residual.mixers, at))
             for residual in residuals
         )
         after = residuals[0].after
-        return Residual(branches, group, None if after is None else self._norm(after, at), residuals[0].scale)
+        return Residual(branches, group, None if after is None else self.norm(after, at), residuals[0].scale)
 
-    def _norm(self, norm: spec_norms.Norm, at: str) -> Norm:
-        return self._narrowed(norm_of(norm, self._tables(plan_norm(norm, at, self._hidden))))
+    def norm(self, norm: spec_norms.Norm, at: str) -> Norm:
+        """A norm of the width of these layers."""
+        return self._narrowed(norm_of(norm, self.tables(plan_norm(norm, at, self.hidden))))
 
     def _narrowed(self, norm: Norm) -> Norm:
         return Narrowed(norm, self.shared.dtype) if self._model.decoder.wide else norm
@@ -202,14 +227,16 @@ class _Build:
 
     def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
         plan = plan_mixer(mixer, at, self.hidden, self.shared.split)
-        linears = {key: self._linear(part) for key, part in plan.linears.items()}
+        linears = {key: self.linear(part) for key, part in plan.linears.items()}
         folded = {key: Folded(self._weight(part).dense(), _sources(part)[0]) for key, part in plan.folded.items()}
-        return build_mixer(mixer, Parts(linears, self._tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
+        return build_mixer(mixer, Parts(linears, self.tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
-    def _tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
+    def tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
+        """This rank's rows of what was planned."""
         return {key: self._loader.table(plan, torch.float32 if plan.exact else self.shared.dtype) for key, plan in plans.items()}
 
-    def _linear(self, plan: LinearPlan) -> Linear:
+    def linear(self, plan: LinearPlan) -> Linear:
+        """A linear that adapters may change, unless this walk is an aside."""
         bias = self._loader.bias(plan, self.shared.dtype)
         return self.shared.linear(plan.role, _sources(plan), self._weight(plan), bias, plan.out_features, plan.in_features)
 

@@ -11,6 +11,7 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear
+from kvrun.nn.vision.sight import Sight
 from kvrun.spec import Config, Model
 from kvrun.state.pages import KvPages, page_bytes
 from kvrun.state.pool import Pool
@@ -27,6 +28,7 @@ class LoadedModel:
     architecture: str
     decoder: Decoder
     encoder: Encoder | None
+    sight: Sight | None  # None: it takes text only
     linears: list[Linear]  # every linear an adapter may change; linear i has site i
     page_shapes: list[PageShape]  # one per layer of the page pool
     slot_shapes: list[SlotShape]  # one per array of a recurrent state

@@ -39,17 +39,24 @@ Scalar = Any  # what JSON holds: a number, a text, a list, a mapping
 class Config:
     """The fields of one model's config. A field that is absent and a field that is null are the same thing."""
 
-    def __init__(self, fields: Mapping[str, Any], where: str = "config.json", generation: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        where: str = "config.json",
+        generation: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.fields = fields
         self.where = where  # the file, for messages
         self.generation = generation or {}
+        self.folder = folder  # where other files of the model lie
 
     @classmethod
     def read(cls, folder: str | Path) -> Config:
         """Read a model folder. FilesError when config.json is missing or is not a JSON object."""
         path = Path(folder) / "config.json"
         beside = Path(folder) / "generation_config.json"
-        return cls(_object(path), str(path), _object(beside) if beside.is_file() else None)
+        return cls(json_object(path), str(path), json_object(beside) if beside.is_file() else None, Path(folder))
 
     def get(self, key: str, default: Scalar = None) -> Scalar:
         """The field under its own name or an alias of it, or the default."""
@@ -61,7 +68,11 @@ class Config:
     def otherwise(self, **fields: Scalar) -> Config:
         """The same config, with these for the fields that it leaves out; files often say only what differs from their class."""
         absent = {key: value for key, value in fields.items() if not self.fields.keys() & {key, *ALIASES.get(key, ())}}
-        return Config({**self.fields, **absent}, self.where, self.generation)
+        return Config({**self.fields, **absent}, self.where, self.generation, self.folder)
+
+    def stating(self, **fields: Scalar) -> Config:
+        """The same config, with these in place of what it says."""
+        return Config({**self.fields, **fields}, self.where, self.generation, self.folder)
 
     def __getattr__(self, key: str) -> Scalar:
         if key.startswith("__"):  # copying and pickling ask for these; they are not fields
@@ -81,7 +92,7 @@ class Config:
 
     def within(self, key: str) -> Config:
         """The fields of a mapping in this config, as a config of its own; empty when there is none."""
-        return Config(self.get(key) or {}, f"{self.where}: {key}", self.generation)
+        return Config(self.get(key) or {}, f"{self.where}: {key}", self.generation, self.folder)
 
     @property
     def architecture(self) -> str:
@@ -93,9 +104,10 @@ class Config:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Ids that end an answer: the union of both files' `eos_token_id`, sorted."""
+        """Ids that end an answer: the union of both files' `eos_token_id` and of an inner language model's, sorted."""
         ids: set[int] = set()
-        for value in (self.get("eos_token_id"), self.generation.get("eos_token_id")):
+        inner = (self.get("text_config") or {}).get("eos_token_id")
+        for value in (self.get("eos_token_id"), self.generation.get("eos_token_id"), inner):
             ids.update(value if isinstance(value, list) else [] if value is None else [value])
         return tuple(sorted(ids))
 
@@ -173,7 +185,8 @@ def _yarn_attention(factor: float, stated: Mapping[str, Any]) -> float:
     return magnitude(1.0)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object. FilesError when it is missing or holds something else."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

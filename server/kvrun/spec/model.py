@@ -9,6 +9,7 @@ from kvrun.spec.encoder import Encoder
 from kvrun.spec.mixers import Mixer
 from kvrun.spec.norms import Norm
 from kvrun.spec.positions import Learned
+from kvrun.spec.vision import Images
 from kvrun.spec.weights import Fused
 
 
@@ -121,3 +122,5 @@ class Model:
     encoder: Encoder | None = None
     start: int | None = None  # the id that an answer follows where the prompt is the encoder's source
     magnitude: float = 6e4  # what hidden states may reach; a number format that ends below it is refused
+    images: Images | None = None  # None: it takes text only
+    spellings: tuple[tuple[str, str], ...] = ()  # beginnings of names here, and what other files have in their place

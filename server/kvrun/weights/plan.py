@@ -41,7 +41,7 @@ class Cut:
     bare: bool = False  # its tensors are called after it, "w" and "w_bias", not "w.weight" and "w.bias"
     index: tuple[int, int] | None = None  # which of how many, where a first axis of its tensors runs over modules of one shape
     alias: Alias | None = None
-    flipped: bool = False  # an adapter's A has its outputs and B its inputs
+    flipped: bool = False  # an adapter's A has its outputs, and B its inputs
 
     def tensor(self, suffix: str) -> str:
         """The name of one of its tensors."""
@@ -172,6 +172,10 @@ def plan_model(model: Model, split: Split) -> ModelPlan:
                     pool.take(part.pages, part.page_use)
     if model.encoder is not None:
         plan.tables += plan_norm(model.encoder.norm, "", embed.hidden).values()
+    if model.images is not None:
+        sight = plan_images(model.images, embed.hidden)
+        plan.linears += sight.linears.values()
+        plan.tables += sight.tables.values()
     # Layers may share a table, a learned bias of positions for one.
     plan.tables, plan.pages = list(dict.fromkeys(plan.tables)), pool.shapes
     return plan
@@ -188,6 +192,12 @@ def layers(model: Model) -> Iterator[Layer]:
 def plan_mixer(mixer: Mixer, at: str, hidden: int, split: Split) -> MixerPlan:
     """This rank's share of a mixer whose names are relative to `at`. Every kind registers its own in `parts/`."""
     raise TypeError(f"no plan for a {type(mixer).__name__}")
+
+
+@singledispatch
+def plan_images(images: object, hidden: int) -> MixerPlan:
+    """What this rank holds to make an image's features, as wide as the decoder's rows. Registered in `parts/`."""
+    raise TypeError(f"no plan for a {type(images).__name__}")
 
 
 def norms(step: Step) -> list[Norm]:

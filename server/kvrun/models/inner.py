@@ -1,0 +1,63 @@
+"""The language model inside a model that sees: read from `text_config`, its names moved to where the outer model has it."""
+
+from dataclasses import replace
+from typing import Any
+
+from kvrun.spec import Config, Layer, Model, model_of
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+MISTRAL = {
+    **LLAMA,
+    "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+QWEN2 = {
+    **LLAMA,
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+}
+# What the inner model's class says where the file does not: an outer config states only what differs.
+DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+
+
+def language_model(c: Config, at: str) -> Model:
+    """The model that `text_config` describes, as a part of this one whose names begin with `at` instead of "model."."""
+    text = c.within("text_config")
+    defaults = DEFAULTS.get(text.get("model_type", "llama"), {})
+    tied = {} if c.get("tie_word_embeddings") is None else {"tie_word_embeddings": c.tie_word_embeddings}
+    return moved(model_of(text.otherwise(**defaults).stating(**tied)), at)
+
+
+def moved(model: Model, at: str) -> Model:
+    """A model of Llama's names, those that begin with "model." moved to `at`; the head stays where it is."""
+
+    def name(old: str) -> str:
+        return at + old.removeprefix("model.") if old.startswith("model.") else old
+
+    decoder = model.decoder
+    head = decoder.head
+    return replace(
+        model,
+        decoder=replace(
+            decoder,
+            embed=replace(decoder.embed, name=name(decoder.embed.name)),
+            layers=tuple(Layer(name(layer.at), layer.steps) for layer in decoder.layers),
+            head=replace(head, norm=head.norm and replace(head.norm, name=name(head.norm.name)), name=name(head.name)),
+        ),
+    )

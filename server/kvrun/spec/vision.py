@@ -1,0 +1,185 @@
+"""How a model sees: what an image is cut into, what reads the pictures, and how that becomes rows among those of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
+from kvrun.spec.norms import Norm, RmsNorm
+from kvrun.spec.weights import Fused
+
+if TYPE_CHECKING:
+    from kvrun.spec.model import Layer
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a picture's bytes become, by channel: (byte * rescale - mean) / std, after resizing by a filter."""
+
+    filter: int  # Pillow's number for it: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+
+
+@dataclass(frozen=True)
+class Square:
+    """The image as one picture of `side` by `side` pixels, whatever its shape was."""
+
+    side: int
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """The image as one picture of its own shape, no edge longer than `longest` and then none shorter than `shortest`."""
+
+    shortest: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Quarters:
+    """Five pictures, each bounded alike: the image's quarters, row by row, and the image."""
+
+    each: Bounded
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The image as one square picture, then as the tiles of the grid that wastes least of it (LLaVA-NeXT's "anyres").
+
+    The features of all tiles are laid together as they lay in the image, those of padding dropped again, and `newline`
+    put at the end of each row of them.
+    """
+
+    side: int  # pixels of a tile
+    tokens: int  # features along the side of a tile
+    grids: tuple[tuple[int, int], ...]  # height and width in pixels
+    newline: str  # a vector
+
+
+Cutting = Square | Bounded | Quarters | Tiles
+
+
+@dataclass(frozen=True)
+class GridPositions:
+    """A learned row for each patch of a square picture, row by row."""
+
+    name: str
+    side: int  # patches
+
+
+@dataclass(frozen=True)
+class FractionalPositions:
+    """Learned rows of a grid of `side` by `side`; patch i of n along an edge takes the grid's coordinate floor(i / n * side).
+
+    So pictures of any shape use the same rows (arXiv 2307.06304).
+    """
+
+    name: str
+    side: int
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A picture cut into squares, each a linear of its pixels, plus where it lies."""
+
+    name: str
+    size: int  # pixels along the side of a patch
+    hidden: int
+    position: GridPositions | FractionalPositions
+    bias: bool = False
+    first: str | None = None  # a learned vector before the patches, with a row of its own before the positions
+
+
+@dataclass(frozen=True)
+class PictureAttention(Attention):
+    """Self-attention in which every patch of a picture sees every other of the same."""
+
+
+@dataclass(frozen=True)
+class Perceive(Mixer):
+    """Attention of latents to norm(the features of a picture) and then to themselves."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm: RmsNorm  # of the features
+    query: Fused
+    key_value: Fused
+    out: Fused
+
+
+@dataclass(frozen=True)
+class PictureEncoder:
+    """after(layers(before(patches))): features of a picture's patches, without what was put before them"""
+
+    patches: Patches
+    layers: tuple[Layer, ...]
+    before: Norm | None = None
+    after: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A square of features averaged down to `side` by `side`."""
+
+    side: int
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """norm(x), of features `width` wide"""
+
+    norm: Norm
+    width: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """x @ weight, a tensor [width, out] stored under its own name"""
+
+    name: str
+    width: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A feed-forward part from `width` to `out`."""
+
+    part: Mlp | GatedMlp
+    width: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Resample:
+    """A fixed number of learned latents that look at the features through layers, and stand for them afterwards."""
+
+    latents: str
+    count: int
+    width: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+
+
+Stage = Pool | Normalise | Matrix | Feed | Resample
+
+
+@dataclass(frozen=True)
+class Images:
+    """An image becomes token ids, and the embedding's rows at those that are `token` become the image's features.
+
+    The decoder never knows. `together`: an image's features see each other in both directions.
+    """
+
+    marker: str  # the text that stands for an image in a prompt
+    token: int
+    cutting: Cutting
+    pixels: Pixels
+    encoder: PictureEncoder
+    stages: tuple[Stage, ...]  # from an encoder's features to a decoder's
+    ids: tuple[int, ...] = ()  # that every image becomes, placeholders and all; empty where that depends on its size
+    together: bool = False
