@@ -1,0 +1,233 @@
+// Products with a weight that lies packed in panels of 32 output rows (linear/op.py).
+//
+// A tile of up to kRows rows of x meets a panel: its sums stay in registers while the panel streams past once. One sum
+// is one chain of fused multiply-adds over the inputs in order, in every shape of tile and however the inputs are cut
+// into blocks: that is why a row's result does not depend on the rows beside it, nor on which op multiplied it.
+#pragma once
+
+#include <utility>
+
+#include "rows.h"
+
+namespace kvrun {
+namespace {
+
+constexpr int kPanel = 32;  // as in op.py
+constexpr int kVectors = kPanel / Floats::width;
+
+// Sums that fit the registers, with room for the weights and one value of x.
+constexpr bool kWide = Floats::width == 16;
+constexpr int kSums = kWide ? 24 : 12;
+constexpr int kRows = kWide ? 12 : 6;
+// Vectors of a panel that one pass covers, for a tile of so many rows; the rest of the panel takes another pass.
+constexpr int vectors_at_once(int rows) { return kWide || rows > 3 ? 2 : 4; }
+// Panels that stream side by side: the few sums of a short tile would wait for their own latency.
+constexpr int panels_at_once(int rows) { return 2 * rows * vectors_at_once(rows) <= kSums ? 2 : 1; }
+
+// Inputs between two loads and stores of the sums. Blocks keep a piece of panel near for the next tile or pass.
+constexpr int64_t kBlock = kWide ? 512 : 256;
+// Rows of x that are laid out together.
+constexpr int64_t kSlab = 64 * kRows;
+
+// A vector of weights, and how one step of a sum uses it with x broadcast to all lanes.
+// `inputs`: taken by a step; `values`: of the laid out x that hold them.
+template <class W>
+struct Widened {
+  using Weight = W;
+  using X = float;
+  static constexpr int inputs = 1, values = 1;
+  struct Spread {
+    Floats x;
+    Spread(const float* from, int) : x(*from) {}
+  };
+  Floats w;
+  Widened() = default;
+  explicit Widened(const W* from) : w(Floats::load(from)) {}
+  Floats add(const Spread& x, Floats sum) const { return fma(w, x.x, sum); }
+};
+
+template <>
+struct Widened<Bfloat16> {
+  using Weight = Bfloat16;
+  using X = float;
+  static constexpr int inputs = 2, values = 2;
+  struct Spread {
+    Floats even, odd;
+    Spread(const float* from, int rows) : even(*from), odd(from[rows]) {}
+  };
+  Floats even, odd;
+  Widened() = default;
+  explicit Widened(const Bfloat16* from) {
+    Floats::Words words;
+    memcpy(&words, from, sizeof words);
+    even = (Floats::Raw)(words << 16);
+    odd = (Floats::Raw)(words & 0xffff0000u);
+  }
+  Floats add(const Spread& x, Floats sum) const { return fma(odd, x.odd, fma(even, x.even, sum)); }
+};
+
+#if defined(__AVX512BF16__)
+// Both factors bfloat16: one instruction multiplies and adds a pair of inputs, in the same order for every tile.
+struct Dot {
+  using Weight = Bfloat16;
+  using X = uint32_t;
+  static constexpr int inputs = 2, values = 1;
+  struct Spread {
+    __m512bh x;
+    Spread(const uint32_t* from, int) : x((__m512bh)_mm512_set1_epi32(int(*from))) {}
+  };
+  __m512bh w;
+  Dot() = default;
+  explicit Dot(const Bfloat16* from) : w((__m512bh)_mm512_loadu_si512(from)) {}
+  Floats add(const Spread& x, Floats sum) const { return Floats::Raw(_mm512_dpbf16_ps(sum.raw, w, x.x)); }
+};
+#endif
+
+// Adds `steps` steps to the sums [P][R][kPanel] of R rows and P adjacent panels.
+template <class S, int R, int P>
+void tile(const typename S::Weight* panel, int64_t panel_size, const typename S::X* x, int64_t steps, float* sums,
+          bool resume) {
+  constexpr int V = vectors_at_once(R), lanes = Floats::width;
+  // Far enough ahead for memory to answer, and across the pages where the hardware stops.
+  constexpr int64_t ahead = 4096 / sizeof(typename S::Weight);
+  for (int part = 0; part < kVectors; part += V) {
+    Floats s[P][R][V];
+    for (int p = 0; p < P; p++)
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++)
+          s[p][r][v] = resume ? Floats::load(sums + (p * R + r) * kPanel + (part + v) * lanes) : Floats::zero();
+    const typename S::Weight* w = panel + part * lanes * S::inputs;
+    const typename S::X* at = x;
+    for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, at += R * S::values) {
+      S weights[P][V];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+          const typename S::Weight* from = w + p * panel_size + v * lanes * S::inputs;
+          __builtin_prefetch(from + ahead);
+          weights[p][v] = S(from);
+        }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        const typename S::Spread value(at + r, R);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) s[p][r][v] = weights[p][v].add(value, s[p][r][v]);
+      }
+    }
+    for (int p = 0; p < P; p++)
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) s[p][r][v].store(sums + (p * R + r) * kPanel + (part + v) * lanes);
+  }
+}
+
+template <class S>
+using Tile = void (*)(const typename S::Weight*, int64_t, const typename S::X*, int64_t, float*, bool);
+
+template <class S>
+struct Tiles {
+  Tile<S> one[kRows + 1] = {};
+  Tile<S> side_by_side[kRows + 1] = {};
+
+  template <int... R>
+  constexpr explicit Tiles(std::integer_sequence<int, R...>)
+      : one{nullptr, tile<S, R + 1, 1>...}, side_by_side{nullptr, tile<S, R + 1, panels_at_once(R + 1)>...} {}
+};
+
+template <class S>
+constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
+
+// Calls f(Type<S>{}, Type<T>{}) with how a step multiplies, and the type of x.
+template <class F>
+inline void with_step(int64_t x_dtype, int64_t weight_dtype, F&& f) {
+#if defined(__AVX512BF16__)
+  if (x_dtype == 1 && weight_dtype == 1) return f(Type<Dot>{}, Type<Bfloat16>{});
+#endif
+  with_dtype(x_dtype, [&](auto x_type) {
+    with_dtype(weight_dtype, [&](auto weight_type) { f(Type<Widened<typename decltype(weight_type)::type>>{}, x_type); });
+  });
+}
+
+// One weight against one run of rows, and where the results go.
+struct Product {
+  void* out;  // of the first row
+  const void *x, *panels, *bias;
+  int64_t outputs, inputs, stride, out_dtype, bias_dtype;
+
+  int64_t panel_count() const { return (outputs + kPanel - 1) / kPanel; }
+};
+
+// How many steps of S the inputs make.
+template <class S>
+int64_t steps_of(int64_t inputs) {
+  return (inputs + S::inputs - 1) / S::inputs;
+}
+
+// Lays out the rows of x in pieces that threads can share; piece(i) for i below `count`.
+template <class S, class T>
+struct Layout {
+  static constexpr int64_t kPiece = 2048;
+  const Product& product;
+  const Rows& rows;
+  typename S::X* to;
+  int64_t padded = steps_of<S>(product.inputs) * S::inputs, across = (padded + kPiece - 1) / kPiece, count = rows.tiles * across;
+
+  void piece(int64_t i) const {
+    const int64_t t = i / across, first = i % across * kPiece, last = first + kPiece < padded ? first + kPiece : padded;
+    const T* from = (const T*)product.x + rows.begin(t) * product.stride;
+    lay_out<kRows>(to + rows.begin(t) * steps_of<S>(product.inputs) * S::values, from, product.stride, rows.height(t), first, last,
+                   product.inputs);
+  }
+};
+
+// Adjacent panels that one task takes against a run of rows, so that there are tasks for all threads; `runs` is how many
+// such runs of rows there are together.
+inline int64_t panels_of_a_task(const Rows& rows, int64_t panels, int64_t runs) {
+  int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
+  while (group > 1 && panels * runs < group * 8 * thread_count()) group /= 2;
+  return group;
+}
+
+// A task: adjacent panels against adjacent tiles.
+template <class S>
+void multiply(const Product& product, const Rows& rows, const typename S::X* x, int64_t first_panel, int64_t last_panel,
+              int64_t first_tile, int64_t last_tile) {
+  using W = typename S::Weight;
+  const int64_t steps = steps_of<S>(product.inputs), panel_size = steps * kPanel * S::inputs;
+  const int64_t across = last_panel - first_panel;
+  const bool streaming = kWide && last_tile - first_tile == 1;
+  const int64_t block = streaming ? steps : kBlock / S::inputs;
+  float* sums = (float*)scratch(kTask, (last_tile - first_tile) * kRows * across * kPanel * sizeof(float));
+  for (int64_t step = 0; step < steps; step += block) {
+    const int64_t count = steps - step < block ? steps - step : block;
+    for (int64_t t = first_tile; t < last_tile; t++) {
+      const int height = rows.height(t), pair = panels_at_once(height);
+      const typename S::X* tile_x = x + rows.begin(t) * steps * S::values + step * height * S::values;
+      float* to = sums + (t - first_tile) * kRows * across * kPanel;
+      for (int64_t p = first_panel; p < last_panel;) {
+        const W* panel = (const W*)product.panels + p * panel_size + step * kPanel * S::inputs;
+        const int taken = last_panel - p >= pair ? pair : 1;
+        const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
+        run(panel, panel_size, tile_x, count, to, step > 0);
+        to += taken * height * kPanel;
+        p += taken;
+      }
+    }
+  }
+  with_dtype(product.out_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for (int64_t t = first_tile; t < last_tile; t++) {
+      const float* from = sums + (t - first_tile) * kRows * across * kPanel;
+      for (int64_t p = first_panel; p < last_panel; p++) {
+        const int64_t n = p * kPanel, count = product.outputs - n < kPanel ? product.outputs - n : kPanel;
+        for (int64_t r = 0; r < rows.height(t); r++, from += kPanel)
+          finish((T*)product.out + (rows.begin(t) + r) * product.outputs, from, product.bias, product.bias_dtype, n, count);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvrun
