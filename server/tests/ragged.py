@@ -31,6 +31,7 @@ class Runner:
         self.free = torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).tolist()
         self.pages: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
+        self.most: dict[int, int] = {}  # tokens that each sequence may come to
         self.adapters: dict[int, Adapter] = {}
         self.slots: dict[int, int] = {}
         self.sources: dict[int, list[int]] = {}
@@ -56,6 +57,8 @@ class Runner:
     def step(self, rows: list[tuple[int, list[int]]]) -> torch.Tensor | None:
         """Compute the tokens of each (sequence, tokens) row; the logits of all of them in order, on rank 0."""
         begun = [sequence for sequence, _ in rows if sequence not in self.lengths]
+        for sequence, tokens in rows:  # a sequence that nothing else was said of comes with all of its tokens
+            self.most.setdefault(sequence, len(tokens))
         if self.model.encoder is not None and begun:
             sources = [(sequence, self.sources.setdefault(sequence, SOURCE)) for sequence in begun]
             reach = [len(source) - 1 for _, source in sources for _ in source]
@@ -94,13 +97,20 @@ class Runner:
             slots=_int32(slots),
             wanted=torch.arange(len(slots)),
             lora=self._lora(rows),
+            long=self._long(rows),
             **more,
         )
+
+    def _long(self, rows: list[tuple[int, list[int]]]) -> torch.Tensor | None:
+        after = self.model.long_after
+        long = [after > 0 and self.most.get(sequence, 0) > after for sequence, tokens in rows for _ in tokens]
+        return torch.tensor(long) if any(long) else None
 
     def greedy(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         """`count` likeliest tokens after each prompt, all in one batch. Every rank needs rank 0's choice."""
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(enumerate(prompts))
+        self.most = {sequence: len(prompt) + count for sequence, prompt in rows}
         for _ in range(count):
             logits = self.step(rows)
             last = torch.tensor([len(tokens) for _, tokens in rows]).cumsum(0) - 1

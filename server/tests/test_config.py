@@ -85,13 +85,15 @@ def test_a_folder_without_config_says_what_a_model_folder_holds(tmp_path):
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 128}
+SHORT_FACTOR, LONG_FACTOR = [1.0] * 4 + [1.5] * 4, [2.0] * 4 + [3.0] * 4
+LONG = {"short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR, "original_max_position_embeddings": 128}
+STRETCHED = 1.1338934190276817  # sqrt(1 + log(512 / 128) / log(128))
 SCALINGS = {
     "linear": ({"factor": 2.0}, LinearScaling(2.0)),
     "dynamic": ({"factor": 2.0}, DynamicScaling(2.0)),
     "llama3": (LLAMA3, Llama3Scaling(8.0, 1.0, 4.0, 64)),
     "yarn": ({"factor": 4.0, "original_max_position_embeddings": 128}, YarnScaling(4.0, 128, 1.1386294361119891)),
-    "longrope": (LONG, LongRopeScaling((1.0, 1.5), (2.0, 3.0), 128, 1.1338934190276817)),
+    "longrope": (LONG, LongRopeScaling(tuple(SHORT_FACTOR), tuple(LONG_FACTOR), 128, STRETCHED, STRETCHED)),
 }
 
 
@@ -132,7 +134,14 @@ def test_yarn_takes_its_attention_factor_from_where_it_is_stated():
     assert attention() == pytest.approx(1.1386, abs=1e-4)
 
 
+def test_longrope_takes_a_factor_for_each_table_where_they_are_stated():
+    scaling = Config({**LLAMA, "rope_scaling": {"type": "longrope", **LONG, "short_mscale": 1.1, "long_mscale": 1.2}}).rope(16).scaling
+    assert (scaling.short_attention, scaling.long_attention) == (1.1, 1.2)
+
+
 def test_a_scaling_without_its_numbers_or_of_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="longrope needs 4 numbers in short_factor and in long_factor; found 8 and 8"):
+        Config({**LLAMA, "rope_scaling": {"type": "longrope", **LONG}}).rope(8)
     with pytest.raises(ConfigError, match="llama3 needs the field high_freq_factor; found factor, low_freq_factor"):
         Config({**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}).rope(16)
     with pytest.raises(Unsupported, match="rope scaling spiral is not served; known are default, linear"):

@@ -388,9 +388,8 @@ def test_phi_3_states_its_original_positions_outside_of_its_scaling(kind):
     fields = PUBLISHED["Phi-3-mini-128k-instruct"]
     fields = {**fields, "rope_scaling": {**fields["rope_scaling"], "type": kind}}
     scaling = model_of(Config(fields)).decoder.layers[0].steps[0].mixers[0].position.scaling
-    assert scaling == LongRopeScaling(
-        tuple(FACTORS["short_factor"]), tuple(FACTORS["long_factor"]), 4096, pytest.approx(1.1902380714238083)
-    )
+    short, long = tuple(FACTORS["short_factor"]), tuple(FACTORS["long_factor"])
+    assert scaling == LongRopeScaling(short, long, 4096, *[pytest.approx(1.1902380714238083)] * 2)
 
 
 def test_phi_rotates_part_of_each_head():

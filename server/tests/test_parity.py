@@ -206,6 +206,10 @@ def attentions(change):
     return lambda model: mutated(model, lambda mixer: change(mixer) if isinstance(mixer, Attention) else mixer)
 
 
+def all_short(scaling):
+    return replace(scaling, long_factor=scaling.short_factor)
+
+
 def rotated_everywhere(model: Model) -> Model:
     """Layers without positions take those of the layers that have them."""
     (position,) = {m.position for layer in model.decoder.layers for s in layer.steps for m in s.mixers if getattr(m, "position", None)}
@@ -218,6 +222,10 @@ MUTATIONS = {
     "a norm of whole projections left out": ("olmo2", attentions(lambda a: replace(a, norm=None))),
     "no cap on the scores": ("gemma2", attentions(lambda a: replace(a, softcap=None))),
     "no cap on the logits": ("gemma2", ends(head=lambda h: replace(h, softcap=None))),
+    "long sequences turned as short ones": (
+        "phi3_longrope",
+        attentions(lambda a: replace(a, position=replace(a.position, scaling=all_short(a.position.scaling)))),
+    ),
     "windows on the other layers": ("gemma2", attentions(lambda a: replace(a, window=None if a.window else 8))),
     "no norms after the parts": ("gemma2", steps(lambda s: [Residual(s.norm, *s.mixers)])),
     "norms after the sum": ("olmo2", steps(lambda s: [PostNorm(s.after, *s.mixers)])),

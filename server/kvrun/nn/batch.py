@@ -51,6 +51,7 @@ class ForwardBatch:
     slots: Tensor  # [T] int32, page * page_tokens + offset: where each token's key and value go
     wanted: Tensor  # [S] int64, indices into T of the tokens whose logits are wanted
     lora: LinearDelta | None  # adapters of this step's rows; None when every row runs the base model
+    long: Tensor | None = None  # [T] bool, tokens of sequences that were admitted as long; None = of none
     reach: Tensor | None = None  # [T] int32, the last position that each token sees; None = its own
     memory: MemoryRows | None = None  # of a model that reads a source
     recurrent: SlotRows | None = None  # of a model that carries a state along

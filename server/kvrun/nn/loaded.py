@@ -56,6 +56,11 @@ class LoadedModel:
         )
 
     @property
+    def long_after(self) -> int:
+        """Sequences that may come to more tokens than this are computed as long ones from the first; 0 = none is."""
+        return max((rotary.long_after for rotary in self.decoder.rotaries), default=0)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one sequence's recurrent state on this rank; 0 where there is none."""
         return slot_bytes(self.slot_shapes, self.dtype.itemsize)

@@ -14,6 +14,7 @@ from kvrun.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeSca
 from kvrun.spec.positions import RopeScaling
 
 FIRST_ROWS = 4096
+Rotation = tuple[Tensor, float]  # radians per position of each pair [dim / 2] float32, a factor of cosines and sines
 
 
 class RotaryTable:
@@ -21,55 +22,69 @@ class RotaryTable:
 
     def __init__(self, rope: Rope) -> None:
         self._style = rope.style
-        self._frequencies, self._scale = frequencies(rope)
+        self._rotations = rotations(rope)
+        self._rows = 0  # of each table; that of long sequences lies below that of short ones
         self._cos = self._sin = torch.empty(0)
         self.reach(FIRST_ROWS)
+        # Sequences that may come to more tokens than this are long; 0 = none is.
+        self.long_after = rope.scaling.original_positions if isinstance(rope.scaling, LongRopeScaling) else 0
 
     def reach(self, positions: int) -> None:
         """Have rows for at least this many positions."""
-        if positions <= self._cos.shape[0]:
+        if positions <= self._rows:
             return
-        rows = 1 << (positions - 1).bit_length()
-        angles = torch.arange(rows, dtype=torch.float32)[:, None] * self._frequencies
-        self._cos, self._sin = angles.cos() * self._scale, angles.sin() * self._scale
+        self._rows = 1 << (positions - 1).bit_length()
+        steps = torch.arange(self._rows, dtype=torch.float32)[:, None]
+        angles = [(steps * frequencies, scale) for frequencies, scale in self._rotations]
+        self._cos = torch.cat([angle.cos() * scale for angle, scale in angles])
+        self._sin = torch.cat([angle.sin() * scale for angle, scale in angles])
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """Rotate queries and keys in place. q [T, heads, dim] · k [T, kv_heads, dim] · positions [T] int32"""
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor, long: Tensor | None = None) -> None:
+        """Rotate queries and keys in place, as in long sequences where `long` says so.
+
+        q [T, heads, dim] · k [T, kv_heads, dim] · positions [T] int32 · long [T] bool, None = nowhere
+        """
+        if long is not None and self.long_after:
+            positions = torch.where(long, positions + self._rows, positions)
         ops.rope_(q, k, positions, self._cos, self._sin, style=self._style)
 
 
-def frequencies(rope: Rope) -> tuple[Tensor, float]:
-    """Radians per position of each pair, [dim / 2] float32, and what cosines and sines are multiplied with."""
+def rotations(rope: Rope) -> list[Rotation]:
+    """How pairs turn: in one way, or in two where long sequences have a way of their own, short ones first."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
     plain = 1.0 / rope.theta**exponents
-    return (plain, 1.0) if rope.scaling is None else _scaled(rope.scaling, plain, rope)
+    scaling = rope.scaling
+    if isinstance(scaling, LongRopeScaling):
+        short, long = torch.tensor(scaling.short_factor), torch.tensor(scaling.long_factor)
+        return [(plain / short, scaling.short_attention), (plain / long, scaling.long_attention)]
+    return [(plain, 1.0) if scaling is None else _scaled(scaling, plain, rope)]
 
 
 @singledispatch
-def _scaled(scaling: RopeScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+def _scaled(scaling: RopeScaling, plain: Tensor, rope: Rope) -> Rotation:
     raise TypeError(f"no frequencies for a {type(scaling).__name__}")
 
 
 @_scaled.register
-def _(scaling: LinearScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+def _(scaling: LinearScaling, plain: Tensor, rope: Rope) -> Rotation:
     return plain / scaling.factor, 1.0
 
 
 @_scaled.register
-def _(scaling: DynamicScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+def _(scaling: DynamicScaling, plain: Tensor, rope: Rope) -> Rotation:
     # The base changes only beyond the model's own positions, and no longer sequence is ever admitted.
     return plain, 1.0
 
 
 @_scaled.register
-def _(scaling: Llama3Scaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+def _(scaling: Llama3Scaling, plain: Tensor, rope: Rope) -> Rotation:
     rotations = scaling.original_positions * plain / (2 * math.pi)
     kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return torch.lerp(plain / scaling.factor, plain, kept.clamp(0, 1)), 1.0
 
 
 @_scaled.register
-def _(scaling: YarnScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
+def _(scaling: YarnScaling, plain: Tensor, rope: Rope) -> Rotation:
     def pair_of(rotations: float) -> float:
         """The pair that makes this many rotations over the original positions."""
         return rope.dim * math.log(scaling.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

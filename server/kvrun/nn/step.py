@@ -30,6 +30,7 @@ class ForwardStep:
     attention: AttentionStep
     lora: LinearDelta | None
     recurrent: RecurrentStep | None = None
+    long: Tensor | None = None  # ForwardBatch.long
 
 
 class Reader(Protocol):

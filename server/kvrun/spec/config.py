@@ -137,8 +137,12 @@ class Config:
         theta = stated.get("rope_theta") or self.get("rope_theta", 10_000.0)
         if layers == "sliding_attention" and layers not in parameters:
             stated, theta = {}, self.get("rope_local_base_freq", theta)
-        partial = stated.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
-        return Rope(int(head_dim * partial), float(theta), self._scaling(stated), style)
+        dim = int(head_dim * (stated.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)))
+        scaling = self._scaling(stated)
+        if isinstance(scaling, LongRopeScaling) and {len(scaling.short_factor), len(scaling.long_factor)} != {dim // 2}:
+            found = f"found {len(scaling.short_factor)} and {len(scaling.long_factor)}"
+            raise ConfigError(f"{self.where}: rope scaling longrope needs {dim // 2} numbers in short_factor and in long_factor; {found}")
+        return Rope(dim, float(theta), scaling, style)
 
     def _scaling(self, stated: Mapping[str, Any]) -> RopeScaling | None:
         kind = stated.get("rope_type") or stated.get("type") or "default"
@@ -167,9 +171,10 @@ class Config:
             return YarnScaling(factor, original, _yarn_attention(factor, stated), *slow_and_fast, bool(stated.get("truncate", True)))
         if kind in ("longrope", "su"):
             factor = number("factor", stretched)
-            attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            derived = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            attention = number("attention_factor", derived)
             short, long = (tuple(map(float, stated.get(key) or ())) for key in ("short_factor", "long_factor"))
-            return LongRopeScaling(short, long, original, number("attention_factor", attention))
+            return LongRopeScaling(short, long, original, number("short_mscale", attention), number("long_mscale", attention))
         known = "default, linear, dynamic, llama3, yarn, longrope"
         raise Unsupported(f"{self.where}: rope scaling {kind} is not served; known are {known}")
 

@@ -44,12 +44,15 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """Two sets of divisors, one per frequency: for sequences within `original_positions`, and for longer ones."""
+    """Two sets of divisors, one per frequency, and two factors of cosines and sines: for sequences that stay within
+    `original_positions`, and from their first token on for those that may grow longer.
+    """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     original_positions: int
-    attention_factor: float
+    short_attention: float
+    long_attention: float
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling

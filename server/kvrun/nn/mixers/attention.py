@@ -42,7 +42,7 @@ class Attention:
         if self.norm is not None:
             q, k = self.norm(q, k)
         if self.rotary is not None:
-            self.rotary.rotate(q, k, step.positions)
+            self.rotary.rotate(q, k, step.positions, step.long)
         mixed = step.attention.run(self.layer, q, k, v, self.scores)
         return self.out(mixed.view(-1, heads * self.head_dim), step.lora)
 

@@ -49,7 +49,7 @@ class LatentAttention:
             x = self.query_norm(self.query_down(x, lora))
         q = self.query(x, lora).view(tokens, self.heads, -1)
         plain, rotated, key = q[..., : self.plain_dim], q[..., self.plain_dim :], made[:, None, self.latent_dim :]
-        self.rotary.rotate(rotated, key, step.positions)
+        self.rotary.rotate(rotated, key, step.positions, step.long)
         groups = Groups(torch.arange(self.heads + 1) * tokens, torch.arange(tokens).repeat(self.heads))
         asked = self.keys(plain.transpose(0, 1).reshape(self.heads * tokens, -1), groups, lora).view(self.heads, tokens, -1)
         query = torch.cat([asked.transpose(0, 1), rotated], -1)
