@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod args;
+pub mod capabilities;
 mod control;
 pub mod engine;
 mod inherited;

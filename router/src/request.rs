@@ -1,5 +1,7 @@
 //! The types that cross the border between the HTTP side and the engine. No parsing and no scheduling lives here.
 
+use std::fmt;
+use std::hash::Hash;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,10 +9,17 @@ use std::time::{Duration, Instant};
 pub use kvrun_scheduler::AdapterId;
 
 /// A request that passed validation; nothing after this point can fail on client input.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ValidRequest {
-    /// Token ids of the prompt, at least one, each below the width of the logits.
+    /// Token ids of the prompt, at least one, each below the width of the logits. For a model with an encoder, the id
+    /// that answers follow.
     pub prompt: Arc<[u32]>,
+    /// What the encoder reads; empty for models without one.
+    pub source: Arc<[u32]>,
+    /// Images of the prompt, in the order of their places.
+    pub images: Arc<[Image]>,
+    /// Tokens that the model reads beside the sequence: the source, or what it is to see of the images.
+    pub memory_tokens: u32,
     /// The adapter to apply, from [`crate::engine::Adapters::resolve`]; `None` is the base model.
     pub adapter: Option<AdapterId>,
     /// How tokens are chosen; the seed is always set.
@@ -25,6 +34,51 @@ pub struct ValidRequest {
     pub deadline: Option<Instant>,
     /// Whether pages of earlier prompts may be shared; false when every prompt token has to be computed.
     pub reuse_prefix: bool,
+}
+
+impl ValidRequest {
+    /// What it asks of the model, whoever asks and whatever the seed: equal for requests that are computed alike.
+    pub(crate) fn question(&self) -> impl Hash + '_ {
+        let unseeded = kvrun_proto::Sampling {
+            seed: 0,
+            ..self.sampling.clone()
+        };
+        let images: Vec<_> = self
+            .images
+            .iter()
+            .map(|image| (image.at, image.digest))
+            .collect();
+        let sampling = format!("{unseeded:?}");
+        (&self.prompt, &self.source, images, self.adapter, sampling)
+    }
+
+    /// The ids that the client's prompt became.
+    pub fn input(&self) -> &Arc<[u32]> {
+        match self.source.is_empty() {
+            true => &self.prompt,
+            false => &self.source,
+        }
+    }
+}
+
+/// An image in a prompt.
+#[derive(Clone)]
+pub struct Image {
+    /// The file as it came.
+    pub data: Arc<[u8]>,
+    /// SHA-256 of it.
+    pub digest: [u8; 32],
+    /// Index of the first id that it became.
+    pub at: u32,
+    /// How many ids it became.
+    pub tokens: u32,
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (bytes, end) = (self.data.len(), self.at + self.tokens);
+        write!(f, "Image({bytes} bytes at {}..{end})", self.at)
+    }
 }
 
 /// One token of an answer, or of a prompt whose log-probabilities were asked for.
@@ -87,6 +141,12 @@ pub enum Failure {
     /// Replays did not bring it through (424).
     #[error("{0}")]
     Unavailable(String),
+    /// The model process died each time it computed it, or one that asks the same (424).
+    #[error(
+        "the model process died each time it computed this request; it is not tried again, and the same is refused for \
+         a while"
+    )]
+    Deadly,
 }
 
 /// Why a request was not admitted; nothing was computed for it.
@@ -107,6 +167,26 @@ pub enum Refusal {
         asked: u32,
         /// Most tokens of one sequence.
         limit: u32,
+    },
+    /// An image or a source is larger than a step that must hold all of it (422).
+    #[error(
+        "an image or a source takes {asked} tokens in one piece and one step computes at most {limit}; send a smaller \
+         one, or start the server with a larger --max-batch-prefill-tokens"
+    )]
+    Indivisible {
+        /// Tokens in one piece.
+        asked: u32,
+        /// Most that a step takes in one piece.
+        limit: u32,
+    },
+    /// The model process died of a request that asks the same (424).
+    #[error(
+        "the model process died each time it computed this request; the same is refused for another {} s, so change it",
+        remaining.as_secs()
+    )]
+    Quarantined {
+        /// When it may come again.
+        remaining: Duration,
     },
     /// The adapter left between look-up and admission (404).
     #[error("adapter `{0}` is not loaded; load it first or pick one of the list")]

@@ -17,12 +17,14 @@ macro_rules! rule {
     };
 }
 
+mod beside;
 mod rules;
 
+use beside::Beside;
 use rules::{check_row, prompt_tokens, read, write};
 
 /// Sizes a ledger checks against.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sizes {
     /// Page ids are `0..pages`.
     pub pages: u64,
@@ -36,6 +38,21 @@ pub struct Sizes {
     pub vocabulary: u32,
     /// Most tokens of one sequence.
     pub positions: u32,
+    /// Whether sequences keep a recurrent state, which begins with the first token and cannot be shared.
+    pub recurrent: bool,
+    /// The id that answers follow, when prompts are for an encoder.
+    pub decoder_start: Option<u32>,
+    /// What images need, when they are taken.
+    pub images: Option<ImageSizes>,
+}
+
+/// What images need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageSizes {
+    /// Whether one row must compute all ids of an image.
+    pub together: bool,
+    /// Tokens of memory per image.
+    pub memory: u32,
 }
 
 /// Why a step was not answered.
@@ -55,6 +72,7 @@ struct Sequence {
     prompt_tokens: u32,
     sampling: Sampling,
     adapter: u64,
+    beside: Beside,
     pages: Vec<u32>,
     computed: u32,
     failed: bool,
@@ -62,9 +80,11 @@ struct Sequence {
 
 impl Sequence {
     fn push(&mut self, token: u32) {
-        let before = self.chain_before(self.tokens.len());
+        let position = self.tokens.len();
+        let before = self.chain_before(position);
+        let seen = self.beside.seen_at(position as u32);
         self.tokens.push(token);
-        self.chains.push(tokens::extend(before, token));
+        self.chains.push(tokens::extend_seen(before, token, seen));
     }
 
     fn chain_before(&self, position: usize) -> u64 {
@@ -163,14 +183,19 @@ impl Ledger {
                     "released sequence {id}, which is not admitted"
                 )));
             };
-            for page in sequence.pages {
+            for page in sequence.pages.into_iter().chain(sequence.beside.pages) {
                 self.users[page as usize] -= 1;
             }
         }
+        let mut total = 0;
         for admit in &step.admit {
-            self.admit(admit)?;
+            total += u64::from(self.admit(admit)?);
         }
-        let total: u64 = step.rows.iter().map(|row| u64::from(row.tokens)).sum();
+        total += step
+            .rows
+            .iter()
+            .map(|row| u64::from(row.tokens))
+            .sum::<u64>();
         rule!(
             total <= u64::from(self.sizes.step_tokens),
             "{total} tokens in a step of at most {}",
@@ -197,7 +222,8 @@ impl Ledger {
             .collect()
     }
 
-    fn admit(&mut self, admit: &Admit) -> Result<(), Breach> {
+    /// Answers with the tokens of its memory, which this step computes.
+    fn admit(&mut self, admit: &Admit) -> Result<u32, Breach> {
         let id = admit.sequence;
         rule!(
             !self.sequences.contains_key(&id),
@@ -234,10 +260,21 @@ impl Ledger {
                 None => return Err(Breach::Rule(format!("sequence {id}: no adapter {handle}"))),
             },
         };
+        let beside = Beside::of(admit, &self.sizes)?;
+        for &page in &beside.pages {
+            rule!(
+                u64::from(page) < self.sizes.pages && self.users[page as usize] == 0,
+                "sequence {id}: page {page} of its memory is not free"
+            );
+            self.users[page as usize] += 1;
+            self.pages[page as usize] = vec![beside.memory_chain()];
+        }
+        let memory = beside.memory_tokens();
         let mut sequence = Sequence {
             tokens: Vec::with_capacity(admit.tokens.len()),
             chains: Vec::with_capacity(admit.tokens.len()),
-            root,
+            root: tokens::root_beside(root, &beside.memory),
+            beside,
             prompt_tokens: admit.prompt_tokens,
             sampling,
             adapter: admit.adapter,
@@ -247,7 +284,7 @@ impl Ledger {
         };
         admit.tokens.iter().for_each(|&token| sequence.push(token));
         self.sequences.insert(id, sequence);
-        Ok(())
+        Ok(memory)
     }
 
     /// Appends a row's pages to its sequence's table.
@@ -285,7 +322,8 @@ impl Ledger {
             sequence: id,
             ..Default::default()
         };
-        match faults.mark_of(&sequence.tokens) {
+        let marked = [&sequence.tokens, &sequence.beside.source];
+        match marked.into_iter().find_map(|ids| faults.mark_of(ids)) {
             Some(Mark::Poison) => return Err(Breach::Poison),
             Some(Mark::RowError(text)) => {
                 sequence.failed = true;
@@ -295,6 +333,7 @@ impl Ledger {
             None => {}
         }
         let width = self.sizes.page_tokens as usize;
+        sequence.beside.read(&self.pages, id)?;
         read(sequence, row.start as usize, width, &self.pages, id)?;
         write(sequence, row, width, &mut self.pages, &self.users)?;
         sequence.computed = row.start + row.tokens;

@@ -10,8 +10,8 @@ pub mod tokens;
 pub use faults::{Fault, Faults, Mark};
 
 use kvrun_proto::model_shard_server::ModelShardServer;
-use kvrun_proto::{Description, Step};
-use ledger::Ledger;
+use kvrun_proto::{Description, ImageRule, Step};
+use ledger::{ImageSizes, Ledger, Sizes};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,18 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 /// Largest message on the wire: a step may admit several long sequences at once.
 const MESSAGE_BYTES: usize = 64 << 20;
+
+/// What the fake's sequences keep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum State {
+    /// Keys and values in pages.
+    #[default]
+    Pages,
+    /// A recurrent state in a slot; pages cost nothing.
+    Slots,
+    /// Pages, and what an encoder made of the prompt; answers follow this id.
+    Encoder(u32),
+}
 
 /// What the fake pretends to have loaded.
 #[derive(Debug, Clone)]
@@ -44,6 +56,10 @@ pub struct Options {
     pub pages: u64,
     /// Most bytes it grants to adapters.
     pub adapter_bytes: u64,
+    /// What its sequences keep.
+    pub state: State,
+    /// How images become ids, when it takes them.
+    pub images: Option<ImageRule>,
 }
 
 impl Default for Options {
@@ -58,6 +74,8 @@ impl Default for Options {
             page_tokens: 16,
             pages: 4096,
             adapter_bytes: 64 << 20,
+            state: State::Pages,
+            images: None,
         }
     }
 }
@@ -76,6 +94,38 @@ impl Options {
         Ok(self)
     }
 
+    fn state_kinds(&self) -> Vec<String> {
+        let looks = self.images.as_ref().is_some_and(|rule| rule.memory > 0);
+        let kinds: &[&str] = match self.state {
+            State::Slots => &["slots"],
+            State::Encoder(_) => &["pages", "memory"],
+            State::Pages if looks => &["pages", "memory"],
+            State::Pages => &["pages"],
+        };
+        kinds.iter().map(|&kind| kind.to_owned()).collect()
+    }
+
+    /// What a ledger of `pages` pages checks steps of `step_tokens` tokens in `step_rows` rows against.
+    fn sizes(&self, pages: u64, step_tokens: u32, step_rows: u32) -> Sizes {
+        Sizes {
+            pages,
+            page_tokens: self.page_tokens,
+            step_tokens,
+            step_rows,
+            vocabulary: self.vocabulary,
+            positions: self.positions,
+            recurrent: self.state == State::Slots,
+            decoder_start: match self.state {
+                State::Encoder(start) => Some(start),
+                _ => None,
+            },
+            images: self.images.as_ref().map(|rule| ImageSizes {
+                together: rule.together,
+                memory: rule.memory,
+            }),
+        }
+    }
+
     fn description(&self) -> Description {
         Description {
             model_id: self.model_id.clone(),
@@ -88,8 +138,13 @@ impl Options {
             vocabulary: self.vocabulary,
             positions: self.positions,
             end_tokens: self.end_tokens.clone(),
-            state_kinds: vec!["pages".to_owned()],
-            page_bytes: 1024,
+            state_kinds: self.state_kinds(),
+            page_bytes: if self.state == State::Slots { 0 } else { 1024 },
+            decoder_start: match self.state {
+                State::Encoder(start) => Some(start),
+                _ => None,
+            },
+            images: self.images.clone(),
             page_tokens: self.page_tokens,
             vocabulary_limit: self.vocabulary,
             kv_dtype: "float32".to_owned(),

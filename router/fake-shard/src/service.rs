@@ -2,8 +2,8 @@
 
 use crate::adapter;
 use crate::faults::{Fault, Faults};
-use crate::ledger::{Breach, Ledger, Sizes};
-use crate::{Options, Watch};
+use crate::ledger::{Breach, Ledger};
+use crate::{Options, State as Kept, Watch};
 use kvrun_proto::model_shard_server::ModelShard;
 use kvrun_proto::{
     DescribeRequest, Description, LoadAdapterRequest, LoadedAdapter, Outcome, Reservation,
@@ -40,18 +40,10 @@ impl Shard {
         watch: Arc<Watch>,
         die: Arc<dyn Fn() + Send + Sync>,
     ) -> Self {
-        let sizes = Sizes {
-            pages: 0,
-            page_tokens: options.page_tokens,
-            step_tokens: 0,
-            step_rows: 0,
-            vocabulary: options.vocabulary,
-            positions: options.positions,
-        };
         let state = State {
             epoch: 0,
             adapter_bytes: 0,
-            ledger: Ledger::new(sizes),
+            ledger: Ledger::new(options.sizes(0, 0, 0)),
         };
         Self {
             options,
@@ -169,6 +161,8 @@ impl ModelShard for Shard {
         }
         let pages = match asked.pages {
             0 => self.options.pages,
+            // They cost nothing.
+            wanted if self.options.state == Kept::Slots => wanted,
             wanted => wanted.min(self.options.pages),
         };
         let adapter_bytes = match asked.adapter_bytes {
@@ -177,14 +171,10 @@ impl ModelShard for Shard {
         };
         state.epoch = asked.epoch;
         state.adapter_bytes = adapter_bytes;
-        state.ledger = Ledger::new(Sizes {
-            pages,
-            page_tokens: self.options.page_tokens,
-            step_tokens: asked.step_tokens,
-            step_rows: asked.sequences,
-            vocabulary: self.options.vocabulary,
-            positions: self.options.positions,
-        });
+        let sizes = self
+            .options
+            .sizes(pages, asked.step_tokens, asked.sequences);
+        state.ledger = Ledger::new(sizes);
         Ok(Response::new(Reservation {
             pages,
             adapter_bytes,

@@ -3,6 +3,7 @@
 //! A lost, repeated, reordered or foreign token therefore changes everything that follows it.
 
 use kvrun_proto::{Alternative, Sampling, Token};
+use sha2::{Digest, Sha256};
 
 /// The chain before the first token of a sequence under an adapter; the base model's digest is "".
 pub fn root(adapter_digest: &str) -> u64 {
@@ -11,9 +12,31 @@ pub fn root(adapter_digest: &str) -> u64 {
         .fold(0x6b76_2e72_756e, |chain, byte| mix(chain ^ u64::from(byte)))
 }
 
+/// The chain before the first token of a sequence that also reads `memory`.
+pub fn root_beside(root: u64, memory: &[u64]) -> u64 {
+    memory
+        .iter()
+        .fold(root, |chain, &item| mix(chain ^ mix(item)))
+}
+
+/// What the fake makes of an image; never 0.
+pub fn seen(image: &[u8]) -> u64 {
+    let digest = Sha256::digest(image);
+    digest
+        .iter()
+        .take(8)
+        .fold(0, |seen, &byte| seen << 8 | u64::from(byte))
+        | 1
+}
+
 /// The chain after one more token.
 pub fn extend(chain: u64, token: u32) -> u64 {
     mix(chain.rotate_left(17) ^ (u64::from(token) + 1))
+}
+
+/// The chain after one more id that stands for a part of an image, given what the fake made of it.
+pub fn extend_seen(chain: u64, token: u32, seen: u64) -> u64 {
+    extend(chain ^ seen, token)
 }
 
 /// Samples the token after `chain`; `answered` tokens of the answer exist, ids stay below `limit`.
@@ -48,9 +71,20 @@ pub fn answer(
     end_tokens: &[u32],
     limit: u32,
 ) -> Vec<u32> {
-    let mut chain = prompt
+    let chain = prompt
         .iter()
         .fold(root(adapter_digest), |chain, &id| extend(chain, id));
+    answer_after(chain, sampling, count, end_tokens, limit)
+}
+
+/// The same after the chain of a prompt that holds more than ids.
+pub fn answer_after(
+    mut chain: u64,
+    sampling: &Sampling,
+    count: u32,
+    end_tokens: &[u32],
+    limit: u32,
+) -> Vec<u32> {
     let mut ids = Vec::new();
     for answered in 0..count {
         let id = sample(chain, sampling, answered, limit).id;
@@ -114,6 +148,26 @@ mod tests {
         assert_ne!(base, answer(&[1, 2, 3], "", &warm(2), 8, &[], 32_000));
         assert_ne!(base, answer(&[1, 2, 3], "ab", &warm(1), 8, &[], 32_000));
         assert_ne!(base, answer(&[2, 1, 3], "", &warm(1), 8, &[], 32_000));
+    }
+
+    #[test]
+    fn an_answer_depends_on_images_and_memory() {
+        let after = |chain| answer_after(chain, &Sampling::default(), 8, &[], 32_000);
+        let start = root("");
+        assert_eq!(
+            after(extend(start, 5)),
+            answer(&[5], "", &Sampling::default(), 8, &[], 32_000)
+        );
+        let (cat, dog) = (seen(b"cat"), seen(b"dog"));
+        assert_ne!(
+            after(extend_seen(start, 5, cat)),
+            after(extend_seen(start, 5, dog))
+        );
+        assert_ne!(
+            after(root_beside(start, &[1, 2])),
+            after(root_beside(start, &[2, 1]))
+        );
+        assert_eq!(root_beside(start, &[]), start);
     }
 
     #[test]

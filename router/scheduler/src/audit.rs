@@ -9,7 +9,7 @@ impl Scheduler {
         self.pages.audit(
             self.sequences
                 .values()
-                .map(|sequence| sequence.table.as_slice()),
+                .flat_map(|sequence| [sequence.table.as_slice(), sequence.memory.as_slice()]),
         )?;
         self.audit_places()?;
         let (mut users, mut held) = (BTreeMap::new(), BTreeMap::new());
@@ -64,13 +64,21 @@ impl Scheduler {
             }
             if waits {
                 waiting += 1;
-                tokens += sequence.request.prompt.len() as u64
-                    + u64::from(sequence.request.max_new_tokens);
+                tokens += sequence.request.tokens();
             }
-            if waits && !(sequence.table.is_empty() && sequence.computed == 0) {
+            let (own, memory) = (sequence.table.len(), sequence.memory.len());
+            if waits && (own + memory > 0 || sequence.computed > 0) {
                 return Err(format!(
-                    "request {id} waits and holds {} pages",
-                    sequence.table.len()
+                    "request {id} waits and holds {own} pages and {memory} of memory"
+                ));
+            }
+            let beside = sequence
+                .request
+                .memory_tokens
+                .div_ceil(self.model.page_tokens);
+            if runs && memory != beside as usize {
+                return Err(format!(
+                    "request {id} holds {memory} pages of memory and needs {beside}"
                 ));
             }
             if runs && sequence.computed >= sequence.journal.len() {

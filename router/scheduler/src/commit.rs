@@ -1,6 +1,7 @@
 //! What comes back: outcomes into journals, lost epochs into replays, loaded adapters into their requests.
 
 use crate::pages::Pages;
+use crate::sequence::Sequence;
 use crate::step::{Acceptance, Event, Failure, Finish, Reply, Row, RowReply, Violation, What};
 use crate::{Epoch, Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
 
@@ -56,6 +57,7 @@ impl Scheduler {
         self.pages = Pages::new(grant.pages);
         self.adapters.begin(grant.adapter_bytes);
         self.model = grant.model;
+        self.pool = grant.pages;
         let pool = grant.pages.saturating_mul(self.model.page_tokens);
         let positions = match self.model.positions {
             0 => u32::MAX,
@@ -73,7 +75,11 @@ impl Scheduler {
         let too_long: Vec<u64> = self
             .sequences
             .iter()
-            .filter(|(_, sequence)| sequence.journal.len() + sequence.unanswered() > limit)
+            .filter(|(_, sequence)| {
+                let tokens = sequence.journal.len() + sequence.unanswered();
+                let (asked, pool) = self.pool_tokens(tokens, sequence.request.memory_tokens);
+                tokens > limit || asked > pool
+            })
             .map(|(&id, _)| id)
             .collect();
         for id in too_long {
@@ -94,6 +100,7 @@ impl Scheduler {
         for id in std::mem::take(&mut self.running) {
             if let Some(sequence) = self.sequences.get_mut(&id) {
                 sequence.table.clear();
+                sequence.memory.clear();
                 sequence.computed = 0;
                 sequence.published = 0;
                 self.queue.push(waiting(id, sequence));
@@ -121,8 +128,15 @@ impl Scheduler {
                 self.suspects.insert(id);
             }
             _ => {
-                let text = "the model process died each time it computed this request; it is not tried again";
-                self.fail(now, id, Failure::Unavailable(text.to_owned()));
+                let fingerprint = sequence.request.fingerprint;
+                self.quarantine.put(now, fingerprint);
+                let alike = |(&id, other): (&u64, &Sequence)| {
+                    (other.request.fingerprint == fingerprint).then_some(id)
+                };
+                let alike: Vec<u64> = self.sequences.iter().filter_map(alike).collect();
+                for id in alike {
+                    self.fail(now, id, Failure::Deadly);
+                }
             }
         }
     }
@@ -231,6 +245,9 @@ impl Scheduler {
         let (first, full) = (sequence.published, computed / width);
         sequence.computed = computed;
         sequence.published = full;
+        if !sequence.request.shares(&self.model) {
+            return;
+        }
         if full > first {
             let keys = sequence.keys(full, width)[first as usize..].to_vec();
             let pages = &sequence.table[first as usize..full as usize];

@@ -11,14 +11,18 @@ mod fairness;
 mod pages;
 mod plan;
 mod prefix;
+mod quarantine;
 mod queue;
 mod sequence;
+mod span;
 mod step;
+mod submit;
 
 pub use adapters::{AdapterOrder, AdapterView, Adapters, LoadFault, Residency};
 pub use pages::PageCounts;
 pub use queue::QueueLimits;
 pub use sequence::{Journal, Request};
+pub use span::Span;
 pub use step::{
     Acceptance, Admission, Event, Failure, Finish, Refusal, Reply, Row, RowReply, Step, Violation,
     What,
@@ -27,6 +31,7 @@ pub use step::{
 use commit::Pace;
 use fairness::Fairness;
 use pages::Pages;
+use quarantine::Quarantine;
 use queue::{Queue, Waiting};
 use sequence::Sequence;
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,6 +71,10 @@ pub struct Model {
     pub vocabulary: u32,
     /// Most tokens of one sequence; 0 = no limit of its own.
     pub positions: u32,
+    /// Whether a sequence keeps a recurrent state, which no other can share a part of.
+    pub recurrent: bool,
+    /// Whether the ids of an image see each other, so that one step must compute them all.
+    pub together: bool,
 }
 
 /// A new epoch, as the shards granted it.
@@ -110,6 +119,14 @@ pub enum PlantedBug {
     KeyWithoutAdapter,
     /// Outcomes of an old epoch are taken for the current one.
     AcceptStale,
+    /// Prefix keys do not say which images a page was written for.
+    KeyWithoutImages,
+    /// A page of a released memory stays behind.
+    LeakMemory,
+    /// Steps cut images whose ids see each other.
+    CutImages,
+    /// Tenants pay for the tokens of answers alone.
+    FreePrompts,
 }
 
 /// The epoch that serves.
@@ -145,10 +162,13 @@ pub struct Scheduler {
     epoch: Option<Epoch>,
     /// Most tokens of one sequence; known from the first epoch on.
     limit: Option<u32>,
+    /// Pages of this epoch, or of the last one.
+    pool: u32,
     sequences: BTreeMap<u64, Sequence>,
     running: BTreeSet<u64>,
     /// Sequences that were in flight at two deaths in a row; each is replayed alone.
     suspects: BTreeSet<u64>,
+    quarantine: Quarantine,
     queue: Queue,
     fairness: Fairness,
     pages: Pages,
@@ -175,9 +195,11 @@ impl Scheduler {
             model: Model::default(),
             epoch: None,
             limit: None,
+            pool: 0,
             sequences: BTreeMap::new(),
             running: BTreeSet::new(),
             suspects: BTreeSet::new(),
+            quarantine: Quarantine::default(),
             queue: Queue::new(limits),
             fairness: Fairness::default(),
             pages: Pages::default(),
@@ -202,37 +224,6 @@ impl Scheduler {
     #[cfg(feature = "planted-bugs")]
     fn has(&self, bug: PlantedBug) -> bool {
         self.planted == Some(bug)
-    }
-
-    /// Queues a request; answers with its id.
-    pub fn submit(&mut self, now: Time, request: Request) -> Result<u64, Refusal> {
-        let limit = self.limit.ok_or(Refusal::NotReady)?;
-        let asked = (request.prompt.len() as u64).saturating_add(u64::from(request.max_new_tokens));
-        let asked = u32::try_from(asked).unwrap_or(u32::MAX);
-        if asked > limit || request.prompt.is_empty() || request.max_new_tokens == 0 {
-            return Err(Refusal::TooLong { asked, limit });
-        }
-        if request.adapter.is_some_and(|id| !self.adapters.accepts(id)) {
-            return Err(Refusal::UnknownAdapter);
-        }
-        let tenant = self.fairness.open(&request.tenant, request.adapter);
-        if !self.queue.has_room(tenant, u64::from(asked)) {
-            self.fairness.close(tenant, request.adapter);
-            return Err(Refusal::Overloaded(
-                self.pace.retry_after(self.queue.tokens()),
-            ));
-        }
-        if let Some(id) = request.adapter {
-            self.adapters.open(id, now);
-        }
-        self.last_id += 1;
-        let sequence = Sequence::new(request, tenant, now);
-        if let Some(at) = sequence.expires() {
-            self.deadlines.insert((at, self.last_id));
-        }
-        self.queue.push(waiting(self.last_id, &sequence));
-        self.sequences.insert(self.last_id, sequence);
-        Ok(self.last_id)
     }
 
     /// Forgets a request, whatever its state; its pages are free before this returns. Unknown ids are no error.
@@ -344,7 +335,12 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
+        #[cfg(feature = "planted-bugs")]
+        if self.planted == Some(PlantedBug::LeakMemory) {
+            sequence.memory.pop();
+        }
         self.pages.give_back(&mut sequence.table);
+        self.pages.give_back(&mut sequence.memory);
         sequence.computed = 0;
         sequence.published = 0;
         if let Some(epoch) = &mut self.epoch {
@@ -377,7 +373,7 @@ fn waiting(id: u64, sequence: &Sequence) -> Waiting {
         id,
         tenant: sequence.tenant,
         adapter: request.adapter,
-        tokens: request.prompt.len() as u64 + u64::from(request.max_new_tokens),
+        tokens: request.tokens(),
         submitted: sequence.submitted,
     }
 }

@@ -3,6 +3,7 @@
 use crate::budget::Draft;
 use crate::prefix::Key;
 use crate::sequence::Sequence;
+use crate::span::cut_at;
 use crate::step::{Admission, Event, Failure, Row, Step, What};
 use crate::{AdapterId, AdapterOrder, InFlight, Scheduler, Time, waiting};
 
@@ -36,9 +37,11 @@ impl Scheduler {
         let mut admit = Vec::new();
         match self.suspects.first().copied() {
             Some(suspect) => self.plan_alone(now, suspect, &mut draft, &mut admit),
+            // Newcomers would take the room that an image waits for.
             None => {
-                self.plan_running(&mut draft);
-                self.plan_waiting(now, &mut draft, &mut admit);
+                if self.plan_running(&mut draft) {
+                    self.plan_waiting(now, &mut draft, &mut admit);
+                }
             }
         }
         self.send(now, draft.finish(), admit)
@@ -46,6 +49,10 @@ impl Scheduler {
 
     fn send(&mut self, now: Time, rows: Vec<Row>, admit: Vec<Admission>) -> Option<Step> {
         for row in &rows {
+            #[cfg(feature = "planted-bugs")]
+            if self.has(crate::PlantedBug::FreePrompts) && row.tokens > 1 {
+                continue;
+            }
             if let Some(sequence) = self.sequences.get(&row.sequence) {
                 self.fairness
                     .charge(sequence.tenant, sequence.request.adapter, row.tokens);
@@ -127,8 +134,8 @@ impl Scheduler {
         }
     }
 
-    /// Decoding rows first, oldest first, then unfinished prompts.
-    fn plan_running(&mut self, draft: &mut Draft) {
+    /// Decoding rows first, oldest first, then unfinished prompts. False when an image of one has to wait for room.
+    fn plan_running(&mut self, draft: &mut Draft) -> bool {
         let running: Vec<u64> = self.running.iter().copied().collect();
         let (mut decoding, mut prompts) = (Vec::with_capacity(running.len()), Vec::new());
         for id in running {
@@ -138,22 +145,38 @@ impl Scheduler {
                 None => {}
             }
         }
+        let mut all = true;
         for id in decoding.into_iter().chain(prompts) {
             // An older sequence may have taken its pages just now.
             if self.running.contains(&id) && self.grow(id) && draft.has_room() {
-                self.continue_row(id, draft);
+                all &= self.continue_row(id, draft);
             }
         }
+        all
     }
 
-    /// Adds a row for a running sequence; its new page, if any, is the last of its table.
-    fn continue_row(&mut self, id: u64, draft: &mut Draft) {
+    /// Adds a row for a running sequence, unless an image is next and does not fit; its new page, if any, is the last of
+    /// its table.
+    fn continue_row(&mut self, id: u64, draft: &mut Draft) -> bool {
         let Some(sequence) = self.sequences.get_mut(&id) else {
-            return;
+            return true;
         };
+        let work = sequence.work_from(sequence.computed, &self.model);
+        #[cfg(feature = "planted-bugs")]
+        let work = match self.planted {
+            Some(crate::PlantedBug::CutImages) => crate::budget::Work {
+                whole: Default::default(),
+                ..work
+            },
+            _ => work,
+        };
+        if draft.share(&work) == 0 {
+            return false;
+        }
         let sent = std::mem::replace(&mut sequence.sent, sequence.table.len() as u32);
         let pages = sequence.table[sent as usize..].to_vec();
-        draft.add(id, sequence.computed, sequence.remaining(), pages);
+        draft.add(id, pages, work);
+        true
     }
 
     /// Gives a running sequence pages for every known token; the youngest give way, itself included. False when it did.
@@ -240,9 +263,20 @@ impl Scheduler {
         sequence.set_root(root);
         let known = sequence.journal.len();
         let mut table = Vec::new();
-        if sequence.request.reuse_prefix {
+        if sequence.request.reuse_prefix && sequence.request.shares(&self.model) {
             // The last token is always computed: its logits are what the row is for.
             table = self.pages.find(sequence.keys((known - 1) / width, width));
+        }
+        let work = loop {
+            let work = sequence.work_from(table.len() as u32 * width, &self.model);
+            match cut_at(&work.whole, work.start) {
+                Some(span) => table.truncate((span.start / width) as usize),
+                None => break work,
+            }
+        };
+        let (memory, payload) = (sequence.request.memory_tokens, sequence.request.payload);
+        if !draft.takes(memory, payload, &work) {
+            return false;
         }
         let shared = table.len() as u32;
         let whole = known + sequence.unanswered();
@@ -255,14 +289,16 @@ impl Scheduler {
             let target = known.div_ceil(width);
             (target, roomy - target)
         };
+        let beside = memory.div_ceil(width);
         let available = self.pages.available() - self.pages.idle_among(&table);
-        if target - shared + headroom > available {
+        if target - shared + headroom + beside > available {
             return false;
         }
         table.iter().for_each(|&page| self.pages.share(page));
         table.extend((shared..target).map_while(|_| self.pages.take()));
         self.queue.remove(waiting(id, sequence));
         sequence.table = table;
+        sequence.memory = (0..beside).map_while(|_| self.pages.take()).collect();
         sequence.computed = shared * width;
         sequence.published = shared;
         sequence.sent = 0;
@@ -281,7 +317,11 @@ impl Scheduler {
         admit.push(Admission {
             sequence: id,
             adapter: handle,
+            memory: sequence.memory.clone(),
         });
+        draft.admit(memory, payload);
+        self.fairness
+            .charge(sequence.tenant, sequence.request.adapter, memory);
         self.continue_row(id, draft);
         true
     }

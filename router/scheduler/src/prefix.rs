@@ -1,10 +1,11 @@
 //! Keys of the prefix cache: each page's key is a hash over everything that its content depends on.
 
+use crate::span::Span;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 
-/// SHA-256 over model, adapter, tenant salt and every token up to a page's end.
+/// SHA-256 over model, adapter, tenant salt and every token and image up to a page's end.
 ///
 /// Two pages have one key exactly when their K/V must be equal, so a page can never serve another adapter's prompt, and
 /// a page whose parent was evicted is right again once the parent is back.
@@ -22,12 +23,21 @@ impl Key {
         Self(hash.finalize().into())
     }
 
-    /// The key of the next page, which holds `tokens`.
-    pub fn then(&self, tokens: impl Iterator<Item = u32>) -> Self {
+    /// The key of the next page, which holds `tokens`, some of them out of `images`.
+    pub fn then<'a>(
+        &self,
+        tokens: impl Iterator<Item = u32>,
+        images: impl Iterator<Item = &'a Span>,
+    ) -> Self {
         let mut hash = Sha256::new();
         hash.update(self.0);
         for token in tokens {
             hash.update(token.to_le_bytes());
+        }
+        // Every image's ids are alike: only its digest and its place tell what the page holds of it.
+        for image in images {
+            hash.update(image.start.to_le_bytes());
+            hash.update(image.digest);
         }
         Self(hash.finalize().into())
     }
@@ -102,7 +112,7 @@ mod tests {
     #[test]
     fn a_key_tells_model_adapter_tenant_and_tokens_apart() {
         let of = |model, adapter, salt, tokens: &[u32]| {
-            Key::root(model, adapter, salt).then(tokens.iter().copied())
+            Key::root(model, adapter, salt).then(tokens.iter().copied(), [].iter())
         };
         let base = of("m", "a", "s", &[1, 2]);
         assert_eq!(base, of("m", "a", "s", &[1, 2]));

@@ -1,12 +1,13 @@
 //! One request from admission to its end: what it asked for, its journal, and what the shard holds of it.
 
-use crate::AdapterId;
-use crate::Time;
+use crate::budget::Work;
 use crate::prefix::Key;
+use crate::span::{Span, within};
+use crate::{AdapterId, Model, Time};
 use std::sync::Arc;
 
 /// What a request asks of the scheduler; how tokens are sampled is none of its business.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Arc<[u32]>,
@@ -22,6 +23,27 @@ pub struct Request {
     pub deadline: Option<Time>,
     /// Whether it may start from pages of earlier prompts.
     pub reuse_prefix: bool,
+    /// Equal for requests that ask the same of the model, by which one that the shard died of is known again.
+    pub fingerprint: u64,
+    /// Tokens that the model reads beside the sequence: an encoder's source, or what it is to see of images.
+    pub memory_tokens: u32,
+    /// What images became in the prompt, in order and apart.
+    pub images: Arc<[Span]>,
+    /// Bytes that its admission carries beside tokens.
+    pub payload: u64,
+}
+
+impl Request {
+    /// Whether its pages mean the same to another sequence with the same tokens. A recurrent state is in no page, and what
+    /// was read from a memory is in no key.
+    pub(crate) fn shares(&self, model: &Model) -> bool {
+        !model.recurrent && self.memory_tokens == 0
+    }
+
+    /// Tokens it may come to: memory, prompt and answer.
+    pub(crate) fn tokens(&self) -> u64 {
+        u64::from(self.memory_tokens) + self.prompt.len() as u64 + u64::from(self.max_new_tokens)
+    }
 }
 
 /// Prompt and committed answer: all that is needed to continue anywhere. It only grows.
@@ -84,6 +106,8 @@ pub struct Sequence {
     pub(crate) started: bool,
     /// Pages on the shard, in the order of positions.
     pub(crate) table: Vec<u32>,
+    /// Pages of the memory, its own from admission to release.
+    pub(crate) memory: Vec<u32>,
     /// Tokens that lie in those pages, by the shard's own word.
     pub(crate) computed: u32,
     /// Pages of the table that the shard was told of.
@@ -110,6 +134,7 @@ impl Sequence {
             submitted: now,
             started: false,
             table: Vec::new(),
+            memory: Vec::new(),
             computed: 0,
             sent: 0,
             published: 0,
@@ -124,6 +149,18 @@ impl Sequence {
     /// Tokens known and not computed, at least one for an open request.
     pub(crate) fn remaining(&self) -> u32 {
         self.journal.len() - self.computed
+    }
+
+    /// What is left to compute when everything before `start` is.
+    pub(crate) fn work_from(&self, start: u32, model: &Model) -> Work {
+        Work {
+            start,
+            tokens: self.journal.len() - start,
+            whole: match model.together {
+                true => self.request.images.clone(),
+                false => Arc::default(),
+            },
+        }
     }
 
     /// Tokens that the answer may still get.
@@ -147,8 +184,10 @@ impl Sequence {
         let width = page_tokens as usize;
         while self.keys.len() < count as usize {
             let parent = *self.keys.last().unwrap_or(&root);
-            let page = self.journal.tokens(self.keys.len() * width, width);
-            self.keys.push(parent.then(page));
+            let start = self.keys.len() * width;
+            let page = self.journal.tokens(start, width);
+            let images = within(&self.request.images, start as u32, (start + width) as u32);
+            self.keys.push(parent.then(page, images));
         }
         &self.keys[..count as usize]
     }
@@ -181,12 +220,8 @@ mod tests {
     fn keys_grow_with_the_journal_and_follow_the_root() {
         let request = Request {
             prompt: Arc::from([1, 2, 3]),
-            adapter: None,
             max_new_tokens: 8,
-            end_tokens: Arc::from([]),
-            tenant: Arc::from("t"),
-            deadline: None,
-            reuse_prefix: true,
+            ..Request::default()
         };
         let mut sequence = Sequence::new(request, 0, Time::ZERO);
         let (a, b) = (Key::root("m", "a", ""), Key::root("m", "b", ""));
@@ -194,8 +229,36 @@ mod tests {
         let first = sequence.keys(1, 2)[0];
         sequence.journal.commit(4);
         assert_eq!(sequence.keys(2, 2)[0], first);
-        assert_eq!(sequence.keys(2, 2)[1], first.then([3, 4].into_iter()));
+        assert_eq!(
+            sequence.keys(2, 2)[1],
+            first.then([3, 4].into_iter(), [].iter())
+        );
         sequence.set_root(b);
         assert_ne!(sequence.keys(1, 2)[0], first);
+    }
+
+    #[test]
+    fn a_page_s_key_says_which_image_lies_in_it() {
+        let keys = |digests: [u8; 2]| {
+            let span = |(start, digest)| Span {
+                start,
+                tokens: 3,
+                digest: [digest; 32],
+            };
+            let request = Request {
+                prompt: Arc::from([1, 9, 9, 9, 2, 9, 9, 9, 3, 4]),
+                images: [1, 5].into_iter().zip(digests).map(span).collect(),
+                max_new_tokens: 8,
+                ..Request::default()
+            };
+            let mut sequence = Sequence::new(request, 0, Time::ZERO);
+            sequence.set_root(Key::root("m", "", ""));
+            sequence.keys(5, 2).to_vec()
+        };
+        let (ab, ac, bb) = (keys([1, 2]), keys([1, 3]), keys([2, 2]));
+        assert_eq!(ab[..2], ac[..2]);
+        assert!((2..5).all(|page| ab[page] != ac[page]));
+        assert!((0..5).all(|page| ab[page] != bb[page]));
+        assert_eq!(ab, keys([1, 2]));
     }
 }

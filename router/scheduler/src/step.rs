@@ -24,6 +24,8 @@ pub struct Admission {
     pub sequence: u64,
     /// The shard's name for its adapter; 0 is the base model.
     pub adapter: u64,
+    /// Pages for what it reads beside its tokens.
+    pub memory: Vec<u32>,
 }
 
 /// Some tokens of one sequence.
@@ -155,6 +157,8 @@ pub enum Failure {
     Adapter(String),
     /// Replays did not bring it through.
     Unavailable(String),
+    /// The shard died of it, or of one that asks the same.
+    Deadly,
 }
 
 /// Why a request was not admitted.
@@ -169,6 +173,15 @@ pub enum Refusal {
         /// Most that fit.
         limit: u32,
     },
+    /// Its memory, or an image of it, has to be computed in one step and is larger than one.
+    Indivisible {
+        /// Tokens in one piece.
+        asked: u32,
+        /// Most that a step takes in one piece.
+        limit: u32,
+    },
+    /// The shard died of one that asks the same; it may come again after this time.
+    Quarantined(Time),
     /// Its adapter is unknown, failed or leaving.
     UnknownAdapter,
     /// No epoch has begun yet.

@@ -44,14 +44,15 @@ impl Toy {
                 digest: "m".to_owned(),
                 page_tokens: 16,
                 vocabulary: 100,
-                positions: 0,
+                ..Model::default()
             },
         };
         self.scheduler.begin_epoch(self.now, grant);
     }
 
     fn ask(&mut self, tenant: &str, prompt: u32, answer: u32) -> u64 {
-        let request = request(tenant, prompt, answer);
+        let mut request = request(tenant, prompt, answer);
+        request.fingerprint = tenant.bytes().map(u64::from).sum();
         self.scheduler.submit(self.now, request).unwrap()
     }
 
@@ -88,12 +89,10 @@ impl Toy {
 fn request(tenant: &str, prompt: u32, answer: u32) -> Request {
     Request {
         prompt: (0..prompt).collect(),
-        adapter: None,
         max_new_tokens: answer,
-        end_tokens: Arc::from([]),
         tenant: Arc::from(tenant),
-        deadline: None,
         reuse_prefix: true,
+        ..Request::default()
     }
 }
 
@@ -257,7 +256,7 @@ fn suspects_are_replayed_one_by_one_until_the_culprit_is_alone() {
         }
         failed.extend(toy.scheduler.take_events().into_iter().filter_map(
             |event| match event.what {
-                What::Failed(Failure::Unavailable(_)) => Some(event.request),
+                What::Failed(Failure::Deadly) => Some(event.request),
                 _ => None,
             },
         ));
@@ -266,6 +265,42 @@ fn suspects_are_replayed_one_by_one_until_the_culprit_is_alone() {
     assert_eq!(crowd_after_suspicion, 0);
     assert!(toy.scheduler.is_idle());
     assert_eq!(toy.epoch, 4, "three deaths");
+    let mut again = request("b", 20, 5);
+    again.fingerprint = u64::from(b'b');
+    let minute = Time::from_secs(60);
+    toy.now += minute;
+    let refused = toy.scheduler.submit(toy.now, again.clone());
+    assert!(
+        matches!(refused, Err(Refusal::Quarantined(left)) if left <= 9 * minute && left > 8 * minute),
+        "{refused:?}"
+    );
+    toy.now += 9 * minute;
+    assert!(toy.scheduler.submit(toy.now, again).is_ok());
+}
+
+#[test]
+fn whoever_asks_the_same_as_a_culprit_fails_with_it() {
+    let mut toy = Toy::new(100, 400, 8);
+    let twins = [
+        toy.ask("a", 20, 5),
+        toy.ask("a", 20, 5),
+        toy.ask("a", 20, 5),
+    ];
+    let mut deaths = 0;
+    while let Some(step) = toy.plan() {
+        match step.rows.is_empty() {
+            true => toy.answer(&step),
+            false => {
+                toy.scheduler.lose_epoch(toy.now);
+                toy.begin(100);
+                deaths += 1;
+            }
+        }
+    }
+    let failed = toy.scheduler.take_events().into_iter().filter(|event| {
+        event.what == What::Failed(Failure::Deadly) && twins.contains(&event.request)
+    });
+    assert_eq!((failed.count(), deaths), (3, 3));
 }
 
 #[test]

@@ -118,10 +118,10 @@ impl Generation {
         method: &'static str,
     ) -> Result<Self, ApiError> {
         let request = checked.request.clone();
-        histogram!(names::INPUT_LENGTH).record(request.prompt.len() as f64);
+        histogram!(names::INPUT_LENGTH).record(request.input().len() as f64);
         histogram!(names::MAX_NEW_TOKENS).record(request.max_new_tokens);
         let (prompt, end_tokens, max_new_tokens) = (
-            request.prompt.clone(),
+            request.input().clone(),
             request.end_tokens.clone(),
             request.max_new_tokens,
         );

@@ -227,8 +227,11 @@ impl From<Refusal> for ApiError {
             Refusal::Overloaded { retry_after } => {
                 Self::new(Kind::Overloaded, message).after(retry_after)
             }
-            Refusal::TooLong { .. } => Self::new(Kind::Validation, message),
+            Refusal::TooLong { .. } | Refusal::Indivisible { .. } => {
+                Self::new(Kind::Validation, message)
+            }
             Refusal::UnknownAdapter(_) => Self::new(Kind::NotFound, message),
+            Refusal::Quarantined { .. } => Self::new(Kind::Generation, message),
             Refusal::Draining | Refusal::NotReady => {
                 Self::new(Kind::Unavailable, message).after(Duration::from_secs(1))
             }
@@ -240,7 +243,7 @@ impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         let message = failure.to_string();
         match failure {
-            Failure::Row(_) | Failure::Adapter(_) | Failure::Unavailable(_) => {
+            Failure::Row(_) | Failure::Adapter(_) | Failure::Unavailable(_) | Failure::Deadly => {
                 Self::new(Kind::Generation, message)
             }
             Failure::Deadline => Self::new(Kind::Deadline, message),

@@ -12,7 +12,7 @@ use serde_json::json;
 use utoipa::ToSchema;
 
 use super::App;
-use crate::metrics;
+use crate::{capabilities, metrics};
 
 /// Work without progress for so long means that nothing will be answered.
 const STALLED: Duration = Duration::from_secs(15);
@@ -52,6 +52,12 @@ pub struct Info {
     pub kernels: BTreeMap<String, String>,
     /// Module names that adapters may change.
     pub lora_targets: Vec<String>,
+    /// What a sequence keeps on the shards: "pages", "slots", "memory".
+    pub state_kinds: Vec<String>,
+    /// What is off for this model, and why.
+    pub off: BTreeMap<&'static str, &'static str>,
+    /// Whether prompts may hold images.
+    pub images: bool,
     /// Names of the adapters that can be asked for.
     pub adapters: Vec<String>,
 }
@@ -61,6 +67,7 @@ pub struct Info {
 pub async fn info(State(app): State<App>) -> Json<Info> {
     let (status, settings) = (app.engine.status(), &app.settings);
     let description = status.description.as_deref().cloned().unwrap_or_default();
+    let off = capabilities::off(&description);
     let longest = status.max_total_tokens.saturating_sub(1);
     Json(Info {
         model_id: settings.model_id.clone(),
@@ -97,6 +104,9 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         vocabulary: description.vocabulary,
         kernels: description.kernels.into_iter().collect(),
         lora_targets: description.lora_targets,
+        state_kinds: description.state_kinds,
+        off: off.iter().map(|off| (off.feature, off.reason)).collect(),
+        images: description.images.is_some(),
         adapters: app
             .engine
             .adapters()

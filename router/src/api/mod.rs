@@ -15,6 +15,7 @@ pub mod info;
 mod invocations;
 pub mod openai;
 mod origin;
+mod prompt;
 pub mod request;
 mod sampling;
 mod sse;

@@ -25,6 +25,8 @@ pub struct Names {
     pub prompt: &'static str,
     /// The most tokens of the answer.
     pub max_new_tokens: &'static str,
+    /// What asks for log-probabilities of the prompt.
+    pub prompt_logprobs: &'static str,
 }
 
 /// How tokens are chosen, as asked; `None` is "off" or "as the model is".

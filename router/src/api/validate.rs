@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use super::App;
 use super::error::{ApiError, Kind};
-use super::request::{Caller, GenerateRequest, Names, Prompt};
+use super::prompt::{Limits, read};
+use super::request::{Caller, GenerateRequest};
 use super::sampling::check_sampling;
-use crate::request::{AdapterId, Status, ValidRequest};
+use crate::request::{AdapterId, ValidRequest};
 
-/// Bytes of text per allowed token that are still tokenized; longer texts are refused unread.
-const BYTES_PER_TOKEN: usize = 8;
 /// Longest stop string, in bytes.
 const STOP_BYTES: usize = 256;
 /// Most alternatives that the wire carries with each token.
@@ -48,37 +47,6 @@ impl Checked {
     }
 }
 
-/// How long sequences may be right now, in tokens.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Prompt and answer together.
-    pub total: u32,
-    /// The prompt.
-    pub input: u32,
-    /// Ids are below this.
-    pub vocabulary: u32,
-}
-
-impl Limits {
-    /// Limits of the serving epoch, or 503 where there is none.
-    pub fn of(status: &Status, max_input_tokens: Option<u32>) -> Result<Self, ApiError> {
-        let (Some(description), true) = (&status.description, status.max_total_tokens > 1) else {
-            return Err(crate::request::Refusal::NotReady.into());
-        };
-        let longest = status.max_total_tokens - 1;
-        Ok(Self {
-            total: status.max_total_tokens,
-            input: max_input_tokens.map_or(longest, |limit| limit.min(longest)),
-            vocabulary: description.vocabulary,
-        })
-    }
-
-    /// Most bytes of a prompt that are looked at.
-    pub fn bytes(&self) -> usize {
-        (self.input as usize).saturating_mul(BYTES_PER_TOKEN)
-    }
-}
-
 /// Checks everything about a request and tokenizes its prompt.
 pub async fn validate(
     app: &App,
@@ -99,11 +67,11 @@ pub async fn validate(
     }
     if let Some(asked) = request
         .truncate
-        .filter(|&asked| asked <= 0 || asked >= i64::from(limits.total))
+        .filter(|&asked| asked <= 0 || asked > i64::from(limits.longest()))
     {
         let message = format!(
             "`truncate` must be at least 1 and below {}, {asked} was given",
-            limits.total
+            limits.longest() + 1
         );
         return Err(ApiError::field("truncate", message));
     }
@@ -112,10 +80,12 @@ pub async fn validate(
         .as_deref()
         .map(|name| resolve(app, name))
         .transpose()?;
-    let (prompt, prompt_text) =
-        prompt_ids(app, request.prompt, request.truncate, limits, request.names).await?;
-    let max_new_tokens = answer_length(
-        prompt.len(),
+    if let (true, Some(_)) = (request.prompt_logprobs, limits.decoder_start) {
+        let why = "an encoder reads the prompt and predicts none of its tokens";
+        return Err(unsupported(request.names.prompt_logprobs, why));
+    }
+    let prompt = read(app, request.prompt, request.truncate, limits, request.names).await?;
+    let max_new_tokens = prompt.answer_length(
         request.max_new_tokens,
         request.default_max_new_tokens,
         limits,
@@ -142,7 +112,10 @@ pub async fn validate(
     sampling.prompt_logprobs = request.prompt_logprobs;
     Ok(Checked {
         request: ValidRequest {
-            prompt,
+            prompt: prompt.ids,
+            source: prompt.source,
+            images: prompt.images,
+            memory_tokens: prompt.memory_tokens,
             adapter: adapter.as_ref().map(|adapter| adapter.id),
             sampling,
             max_new_tokens,
@@ -154,7 +127,7 @@ pub async fn validate(
         adapter,
         stop: request.stop,
         keep_stop: request.keep_stop,
-        prompt_text,
+        prompt_text: prompt.text,
     })
 }
 
@@ -166,101 +139,6 @@ fn resolve(app: &App, name: &str) -> Result<AdapterMark, ApiError> {
         id,
         name: name.to_owned(),
         digest,
-    })
-}
-
-async fn prompt_ids(
-    app: &App,
-    prompt: Prompt,
-    truncate: Option<i64>,
-    limits: Limits,
-    names: Names,
-) -> Result<(Arc<[u32]>, String), ApiError> {
-    let field = names.prompt;
-    let (mut ids, text) = match prompt {
-        Prompt::Text { text, .. } if text.is_empty() => {
-            return Err(ApiError::field(
-                field,
-                format!("`{field}` is empty; send at least one character"),
-            ));
-        }
-        Prompt::Text { text, add_special } => {
-            let encoded = app
-                .text
-                .encode(text.clone(), add_special, limits.bytes())
-                .await
-                .map_err(|error| ApiError {
-                    message: format!("`{field}`: {error} (at most {} tokens)", limits.input),
-                    ..ApiError::from(error)
-                })?;
-            (encoded.ids, text)
-        }
-        Prompt::Ids(ids) => (check_ids(&ids, limits, field)?, String::new()),
-    };
-    if let Some(keep) = truncate.and_then(|keep| usize::try_from(keep).ok()) {
-        ids.drain(..ids.len().saturating_sub(keep));
-    }
-    if ids.is_empty() {
-        return Err(ApiError::field(
-            field,
-            format!("`{field}` gives no tokens; send at least one"),
-        ));
-    }
-    // The tokenizer may know more ids than the model has logits for.
-    if let Some(id) = ids.iter().find(|&&id| id >= limits.vocabulary) {
-        return Err(outside(field, i64::from(*id), limits.vocabulary));
-    }
-    if ids.len() > limits.input as usize {
-        let message = format!(
-            "`{field}` has {} tokens and at most {} are allowed; shorten it or set `truncate`",
-            ids.len(),
-            limits.input
-        );
-        return Err(ApiError::field(field, message));
-    }
-    Ok((ids.into(), text))
-}
-
-fn check_ids(ids: &[i64], limits: Limits, field: &str) -> Result<Vec<u32>, ApiError> {
-    ids.iter()
-        .map(|&id| {
-            u32::try_from(id)
-                .ok()
-                .filter(|&id| id < limits.vocabulary)
-                .ok_or_else(|| outside(field, id, limits.vocabulary))
-        })
-        .collect()
-}
-
-fn outside(field: &str, id: i64, vocabulary: u32) -> ApiError {
-    let message = format!(
-        "`{field}` holds token id {id}; ids of this model are 0 to {}",
-        vocabulary.saturating_sub(1)
-    );
-    ApiError::field(field, message)
-}
-
-fn answer_length(
-    prompt: usize,
-    asked: Option<i64>,
-    default: Option<u32>,
-    limits: Limits,
-    names: Names,
-) -> Result<u32, ApiError> {
-    let room = limits
-        .total
-        .saturating_sub(u32::try_from(prompt).unwrap_or(u32::MAX));
-    let Some(asked) = asked else {
-        return Ok(default.map_or(room, |default| default.min(room)));
-    };
-    u32::try_from(asked).ok().filter(|&asked| asked <= room).ok_or_else(|| {
-        let Names { prompt: field, max_new_tokens } = names;
-        let message = format!(
-            "`{field}` has {prompt} tokens and `{max_new_tokens}` asks for {asked} more, together at most {} are \
-             allowed; ask for at most {room}",
-            limits.total
-        );
-        ApiError::field(max_new_tokens, message)
     })
 }
 

@@ -1,20 +1,20 @@
 //! What handles ask for: requests, cancels, adapters, the end.
 
-use kvrun_scheduler::{AdapterId, Failure as Ended, Refusal as Refused};
+use kvrun_scheduler::{AdapterId, Failure as Ended, Refusal as Refused, Span};
 use tokio::sync::mpsc;
 
 use super::drive::{Driver, LoadReply};
 use super::tell::Open;
 use super::{Admitted, Command};
 use crate::request::{
-    AdapterInfo, AdapterSpec, AdapterState, LoadError, Refusal, UnknownAdapter, ValidRequest,
+    AdapterInfo, AdapterSpec, AdapterState, Image, LoadError, Refusal, UnknownAdapter, ValidRequest,
 };
 
 impl Driver {
     pub(super) fn obey(&mut self, command: Command) {
         match command {
-            Command::Submit(request, reply) => {
-                let answer = self.submit(*request);
+            Command::Submit(request, fingerprint, reply) => {
+                let answer = self.submit(*request, fingerprint);
                 // Whoever left before admission wants nothing computed.
                 if let Err(Ok(admitted)) = reply.send(answer) {
                     self.cancel(admitted.id);
@@ -36,7 +36,11 @@ impl Driver {
         }
     }
 
-    pub(super) fn submit(&mut self, request: ValidRequest) -> Result<Admitted, Refusal> {
+    pub(super) fn submit(
+        &mut self,
+        request: ValidRequest,
+        fingerprint: u64,
+    ) -> Result<Admitted, Refusal> {
         if self.draining {
             return Err(Refusal::Draining);
         }
@@ -56,13 +60,23 @@ impl Driver {
                 .deadline
                 .map(|at| at.saturating_duration_since(self.origin)),
             reuse_prefix: request.reuse_prefix,
+            fingerprint,
+            memory_tokens: request.memory_tokens,
+            images: request.images.iter().map(span).collect(),
+            payload: request
+                .images
+                .iter()
+                .map(|image| image.data.len() as u64)
+                .sum(),
         };
         let id = self
             .scheduler
             .submit(self.now(), asked)
             .map_err(|refused| match refused {
                 Refused::Overloaded(retry_after) => Refusal::Overloaded { retry_after },
+                Refused::Quarantined(remaining) => Refusal::Quarantined { remaining },
                 Refused::TooLong { asked, limit } => Refusal::TooLong { asked, limit },
+                Refused::Indivisible { asked, limit } => Refusal::Indivisible { asked, limit },
                 Refused::UnknownAdapter => {
                     Refusal::UnknownAdapter(adapter.map_or_else(String::new, name))
                 }
@@ -76,6 +90,8 @@ impl Driver {
             Open {
                 events: sender,
                 sampling,
+                source: request.source,
+                images: request.images,
                 prompt,
             },
         );
@@ -132,5 +148,14 @@ impl Driver {
             state,
             ..info
         })
+    }
+}
+
+/// What the scheduler knows of an image.
+fn span(image: &Image) -> Span {
+    Span {
+        start: image.at,
+        tokens: image.tokens,
+        digest: image.digest,
     }
 }

@@ -16,9 +16,10 @@ use tonic::{Code, Status};
 use super::adapters::Registry;
 use super::meters::Meters;
 use super::shards::{self, Group, Wish};
-use super::tell::{Open, forget_half_prompts, sampling};
+use super::tell::{Open, forget_half_prompts, size};
 use super::watchdog::Watchdog;
 use super::{Command, Control, EngineOptions, Shown, wire};
+use crate::capabilities;
 use crate::request::{AdapterInfo, LoadError};
 
 /// How often time alone is looked at: deadlines, silence, rotation of adapters.
@@ -171,6 +172,7 @@ impl Driver {
             step_tokens: self.options.step_tokens.max(1),
             step_rows: self.options.step_rows.max(1),
             adapter_bytes: self.options.adapter_bytes,
+            max_total_tokens: self.options.max_total_tokens,
         };
         Link::Connecting(Box::pin(shards::connect(wish, self.last_epoch)))
     }
@@ -183,6 +185,9 @@ impl Driver {
             model = description.model_id,
             "serving"
         );
+        for off in capabilities::off(&description) {
+            tracing::info!(off.feature, off.reason, "off for this model");
+        }
         self.last_epoch = group.epoch;
         let grant = Grant {
             epoch: group.epoch,
@@ -192,7 +197,12 @@ impl Driver {
                 digest: description.model_digest.clone(),
                 page_tokens: description.page_tokens.max(1),
                 vocabulary: description.vocabulary,
-                positions: description.positions,
+                positions: capabilities::positions(&description, self.options.max_total_tokens),
+                recurrent: capabilities::is_recurrent(&description),
+                together: description
+                    .images
+                    .as_ref()
+                    .is_some_and(|rule| rule.together),
             },
         };
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
@@ -270,11 +280,10 @@ impl Driver {
             return false;
         };
         forget_half_prompts(&step, &mut self.open);
-        let tokens = step.rows.iter().map(|row| row.tokens).sum();
+        let size = size(&step, &self.open);
         self.decodes = step.rows.iter().all(|row| row.tokens == 1);
-        let sampling = |id| sampling(self.open.get(&id));
-        let sent = group.send(wire::step(&self.scheduler, step, sampling));
-        self.watchdog.sent(Instant::now(), tokens);
+        let sent = group.send(wire::step(&self.scheduler, step, &self.open));
+        self.watchdog.sent(Instant::now(), size);
         self.meters.sent(self.decodes);
         if let Err(status) = sent {
             self.lose(&status.to_string());

@@ -7,11 +7,6 @@ use metrics::{Counter, Histogram, counter, histogram};
 
 use crate::metrics as names;
 
-/// Seconds between receiving an outcome and sending the next step: the router's own time between tokens.
-pub const ROUTER_GAP: &str = "kvrun_router_gap_seconds";
-/// Seconds of a step that were neither the shard's nor the router's turn: wire and wake-ups.
-pub const STEP_TRANSPORT: &str = "kvrun_step_transport_seconds";
-
 pub(super) struct Meters {
     gap: Histogram,
     transport: Histogram,
@@ -23,6 +18,7 @@ pub(super) struct Meters {
     preemptions: Counter,
     replays: Counter,
     pub(super) failed_rows: Counter,
+    pub(super) deadly: Counter,
 }
 
 /// Whether a step computes prompts or only decodes, as the `method` label says it.
@@ -33,8 +29,8 @@ fn by_method(name: &'static str) -> [Counter; 2] {
 impl Meters {
     pub(super) fn new() -> Self {
         Self {
-            gap: histogram!(ROUTER_GAP),
-            transport: histogram!(STEP_TRANSPORT),
+            gap: histogram!(names::ROUTER_GAP),
+            transport: histogram!(names::STEP_TRANSPORT),
             step: histogram!(names::BATCH_DURATION),
             forward: histogram!(names::FORWARD_DURATION),
             sent: by_method(names::BATCH_COUNT),
@@ -43,6 +39,7 @@ impl Meters {
             preemptions: counter!(names::PREEMPTIONS),
             replays: counter!(names::REPLAYED_REQUESTS),
             failed_rows: counter!(names::FAILED_ROWS),
+            deadly: counter!(names::POISON),
         }
     }
 

@@ -12,6 +12,7 @@ mod wire;
 pub use adapters::Adapters;
 pub use kvrun_scheduler::AdapterId;
 
+use std::hash::{BuildHasher, RandomState};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,6 +70,7 @@ pub struct EngineOptions {
 enum Command {
     Submit(
         Box<ValidRequest>,
+        u64,
         oneshot::Sender<Result<Admitted, Refusal>>,
     ),
     Cancel(u64),
@@ -104,6 +106,8 @@ pub struct Engine {
     adapters: Adapters,
     shown: Shown,
     ready: watch::Receiver<bool>,
+    /// Keyed by chance, so that nobody can make two requests that look alike.
+    fingerprints: RandomState,
 }
 
 impl Engine {
@@ -143,13 +147,15 @@ impl Engine {
             adapters,
             shown,
             ready,
+            fingerprints: RandomState::new(),
         }
     }
 
     /// Queues a request; resolves at admission. Dropping the future before that withdraws it.
     pub async fn submit(&self, request: ValidRequest) -> Result<Answer, Refusal> {
         let (reply, answered) = oneshot::channel();
-        let command = Command::Submit(Box::new(request), reply);
+        let fingerprint = self.fingerprints.hash_one(request.question());
+        let command = Command::Submit(Box::new(request), fingerprint, reply);
         self.commands.send(command).map_err(|_| Refusal::Draining)?;
         let admitted = answered.await.map_err(|_| Refusal::Draining)??;
         Ok(Answer {

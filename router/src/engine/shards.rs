@@ -24,6 +24,8 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+use crate::capabilities;
+
 type Client = ModelShardClient<Channel>;
 
 /// Largest message: a step may admit several long sequences at once.
@@ -45,6 +47,8 @@ pub(super) struct Wish {
     pub(super) step_tokens: u32,
     pub(super) step_rows: u32,
     pub(super) adapter_bytes: u64,
+    /// Most tokens of one sequence; 0 = what the model allows.
+    pub(super) max_total_tokens: u32,
 }
 
 /// A group that serves one epoch.
@@ -83,10 +87,10 @@ pub(super) async fn connect(wish: Wish, mut last_epoch: u64) -> Group {
 async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
     let clients = try_join_all(wish.sockets.iter().map(|socket| open(socket.clone()))).await?;
     let description = describe(&clients).await?;
-    let width = u64::from(description.page_tokens.max(1));
+    let (rows, longest) = (wish.step_rows, wish.max_total_tokens);
     let mut asked = ReserveRequest {
         epoch: *last_epoch + 1,
-        pages: wish.pool_tokens.div_ceil(width),
+        pages: capabilities::pages(&description, wish.pool_tokens, rows, longest),
         step_tokens: wish.step_tokens,
         sequences: wish.step_rows,
         adapter_bytes: wish.adapter_bytes,

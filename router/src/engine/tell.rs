@@ -1,7 +1,7 @@
 //! What handles hear: events of their requests, outcomes of their loads, and where things stand.
 
 use std::collections::HashMap;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use kvrun_proto::{Outcome, Sampling};
@@ -11,12 +11,16 @@ use tokio::sync::mpsc;
 use super::drive::{Driver, Link};
 use super::meters::Meters;
 use super::{Control, adapters, wire};
-use crate::request::{Event, Failure, Finish, TokenInfo};
+use crate::request::{Event, Failure, Finish, Image, TokenInfo};
 
 /// An open request's way back to its client.
 pub(super) struct Open {
     pub(super) events: mpsc::UnboundedSender<Event>,
     pub(super) sampling: Sampling,
+    /// What an encoder reads.
+    pub(super) source: Arc<[u32]>,
+    /// Images of the prompt; they go to the shards with every admission.
+    pub(super) images: Arc<[Image]>,
     /// Log-probabilities of the prompt so far; `None` once told, or when nobody asked.
     pub(super) prompt: Option<Vec<TokenInfo>>,
 }
@@ -112,8 +116,8 @@ impl Driver {
         // Only once the status says so too: whoever waits for this may ask for it next.
         if ready && self.announced != self.last_epoch {
             self.announced = self.last_epoch;
-            self.announce.send_replace(true);
             (self.options.control)(Control::Ready);
+            self.announce.send_replace(true);
         }
         if self.open.is_empty() {
             // Silence before new work is no stall.
@@ -148,15 +152,31 @@ pub(super) fn forget_half_prompts(step: &Step, open: &mut HashMap<u64, Open>) {
     }
 }
 
-/// How an admitted sequence is sampled; what was told of its prompt is not computed again in a replay.
-pub(super) fn sampling(open: Option<&Open>) -> Sampling {
-    let Some(open) = open else {
-        return Sampling::default();
-    };
-    Sampling {
-        prompt_logprobs: open.prompt.is_some(),
-        ..open.sampling.clone()
+impl Open {
+    /// How it is sampled; what was told of its prompt is not computed again in a replay.
+    pub(super) fn sampling(&self) -> Sampling {
+        Sampling {
+            prompt_logprobs: self.prompt.is_some(),
+            ..self.sampling.clone()
+        }
     }
+}
+
+/// Tokens that a step computes; `None` when it may look at images, as no count of tokens tells what that costs.
+pub(super) fn size(step: &Step, open: &HashMap<u64, Open>) -> Option<u32> {
+    let admitted = step.admit.iter().map(|admission| admission.sequence);
+    let prompts = step.rows.iter().filter(|row| row.tokens > 1);
+    let has_images = |id| open.get(&id).is_some_and(|open| !open.images.is_empty());
+    if admitted
+        .clone()
+        .chain(prompts.map(|row| row.sequence))
+        .any(has_images)
+    {
+        return None;
+    }
+    let sources = admitted.filter_map(|id| Some(open.get(&id)?.source.len() as u32));
+    let rows = step.rows.iter().map(|row| row.tokens);
+    Some(sources.chain(rows).sum())
 }
 
 pub(super) fn failure(ended: Ended, meters: &Meters) -> Failure {
@@ -169,5 +189,9 @@ pub(super) fn failure(ended: Ended, meters: &Meters) -> Failure {
         Ended::ShuttingDown => Failure::ShuttingDown,
         Ended::Adapter(text) => Failure::Adapter(text),
         Ended::Unavailable(text) => Failure::Unavailable(text),
+        Ended::Deadly => {
+            meters.deadly.increment(1);
+            Failure::Deadly
+        }
     }
 }

@@ -18,14 +18,14 @@ pub(super) struct Watchdog {
     steps: VecDeque<Duration>,
     /// Slowest time per token of the steps remembered by size; prompts may be far larger than anything before.
     per_token: Duration,
-    begun: Option<(Instant, u32)>,
+    begun: Option<(Instant, Option<u32>)>,
     silent: Duration,
     last_tick: Option<Instant>,
 }
 
 impl Watchdog {
-    /// A step of `tokens` tokens was sent.
-    pub(super) fn sent(&mut self, now: Instant, tokens: u32) {
+    /// A step of `tokens` tokens was sent; `None` when their number does not tell how long it may take.
+    pub(super) fn sent(&mut self, now: Instant, tokens: Option<u32>) {
         self.begun = Some((now, tokens));
         self.silent = Duration::ZERO;
         self.last_tick = Some(now);
@@ -37,6 +37,9 @@ impl Watchdog {
             return Duration::ZERO;
         };
         let took = now.duration_since(begun);
+        let Some(tokens) = tokens else {
+            return took;
+        };
         if self.steps.len() == REMEMBERED {
             self.steps.pop_front();
         }
@@ -66,10 +69,10 @@ impl Watchdog {
         (self.silent > self.allowance(tokens)).then_some(self.silent)
     }
 
-    fn allowance(&self, tokens: u32) -> Duration {
-        if self.steps.is_empty() {
+    fn allowance(&self, tokens: Option<u32>) -> Duration {
+        let Some(tokens) = tokens.filter(|_| !self.steps.is_empty()) else {
             return UNKNOWN;
-        }
+        };
         let mut sorted: Vec<_> = self.steps.iter().copied().collect();
         sorted.sort_unstable();
         let slow = sorted[(sorted.len() - 1) * 99 / 100];
@@ -87,7 +90,7 @@ mod tests {
     fn trained() -> (Watchdog, Instant) {
         let (mut dog, start) = (Watchdog::default(), Instant::now());
         for _ in 0..10 {
-            dog.sent(start, 10);
+            dog.sent(start, Some(10));
             dog.answered(start + Duration::from_millis(20));
         }
         (dog, start)
@@ -96,7 +99,7 @@ mod tests {
     #[test]
     fn ten_silent_seconds_are_a_hang() {
         let (mut dog, start) = trained();
-        dog.sent(start, 10);
+        dog.sent(start, Some(10));
         let barks: Vec<_> = (1..=60)
             .filter(|&n| dog.tick(start + TICK * n, TICK).is_some())
             .collect();
@@ -106,14 +109,24 @@ mod tests {
     #[test]
     fn a_large_prompt_gets_time_by_its_size() {
         let (mut dog, start) = trained();
-        dog.sent(start, 4000);
+        dog.sent(start, Some(4000));
         assert!((1..=200).all(|n| dog.tick(start + TICK * n, TICK).is_none()));
+    }
+
+    #[test]
+    fn a_step_that_looks_at_images_gets_time_and_teaches_nothing() {
+        let (mut dog, start) = trained();
+        dog.sent(start, None);
+        assert!((1..=400).all(|n| dog.tick(start + TICK * n, TICK).is_none()));
+        dog.answered(start + TICK * 400);
+        dog.sent(start, Some(10));
+        assert!((1..=60).any(|n| dog.tick(start + TICK * n, TICK).is_some()));
     }
 
     #[test]
     fn time_that_this_process_slept_through_does_not_count() {
         let (mut dog, start) = trained();
-        dog.sent(start, 10);
+        dog.sent(start, Some(10));
         assert_eq!(dog.tick(start + Duration::from_secs(3600), TICK), None);
     }
 

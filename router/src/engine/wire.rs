@@ -1,25 +1,31 @@
 //! Between the scheduler's words and the wire's.
 
-use kvrun_proto::{Admit, Outcome, Row, Sampling, Step, Token};
+use std::collections::HashMap;
+
+use kvrun_proto::{Admit, Image, Outcome, Row, Step, Token};
 use kvrun_scheduler::{Reply, RowReply, Scheduler};
 
-use crate::request::TokenInfo;
+use super::tell::Open;
+use crate::request::{self, TokenInfo};
 
-/// A planned step as every rank gets it; `sampling` says how each admitted sequence is sampled.
+/// A planned step as every rank gets it; `open` has what the scheduler does not know of admitted requests.
 pub(super) fn step(
     scheduler: &Scheduler,
     step: kvrun_scheduler::Step,
-    sampling: impl Fn(u64) -> Sampling,
+    open: &HashMap<u64, Open>,
 ) -> Step {
     let admit = step.admit.iter().filter_map(|admission| {
         let journal = scheduler.journal(admission.sequence)?;
+        let open = open.get(&admission.sequence)?;
         Some(Admit {
             sequence: admission.sequence,
             tokens: [journal.prompt(), journal.answer()].concat(),
             prompt_tokens: journal.prompt().len() as u32,
-            sampling: Some(sampling(admission.sequence)),
+            sampling: Some(open.sampling()),
             adapter: admission.adapter,
-            ..Default::default()
+            memory_tokens: open.source.to_vec(),
+            memory_pages: admission.memory.clone(),
+            images: open.images.iter().map(image).collect(),
         })
     });
     Step {
@@ -39,6 +45,14 @@ pub(super) fn step(
             })
             .collect(),
         release: step.release,
+    }
+}
+
+fn image(image: &request::Image) -> Image {
+    Image {
+        data: image.data.to_vec(),
+        at: image.at,
+        tokens: image.tokens,
     }
 }
 

@@ -186,7 +186,6 @@ pub fn request(number: u64, prompt_tokens: u32, max_new_tokens: u32) -> ValidReq
         prompt: (0..prompt_tokens)
             .map(|place| 10 + (number as u32 * 131 + place * 7) % 30_000)
             .collect(),
-        adapter: None,
         sampling: Sampling {
             temperature: 0.7,
             top_p: 1.0,
@@ -198,8 +197,8 @@ pub fn request(number: u64, prompt_tokens: u32, max_new_tokens: u32) -> ValidReq
         max_new_tokens,
         end_tokens: Arc::from([END]),
         tenant: Arc::from("anonymous"),
-        deadline: None,
         reuse_prefix: true,
+        ..ValidRequest::default()
     }
 }
 

@@ -15,6 +15,13 @@ pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result
     );
     rule!(row.tokens >= 1, "sequence {id}: a row without tokens");
     rule!(
+        !(first && sizes.recurrent) || start == 0,
+        "sequence {id}: a recurrent state begins at {start}"
+    );
+    if sizes.images.is_some_and(|images| images.together) {
+        sequence.beside.check_borders(row)?;
+    }
+    rule!(
         row.drafts.is_empty(),
         "sequence {id}: drafts, which the fake does not verify"
     );

@@ -68,3 +68,23 @@ fn a_prefix_shared_across_adapters_is_found() {
 fn a_token_from_an_old_epoch_is_found() {
     is_found(PlantedBug::AcceptStale);
 }
+
+#[test]
+fn a_prefix_shared_across_images_is_found() {
+    is_found(PlantedBug::KeyWithoutImages);
+}
+
+#[test]
+fn a_leaked_memory_is_found() {
+    is_found(PlantedBug::LeakMemory);
+}
+
+#[test]
+fn a_tenant_that_takes_more_than_its_turn_is_found() {
+    is_found(PlantedBug::FreePrompts);
+}
+
+#[test]
+fn an_image_cut_by_a_step_is_found() {
+    is_found(PlantedBug::CutImages);
+}

@@ -8,23 +8,28 @@ macro_rules! hold {
     };
 }
 
+mod beside;
+mod clients;
+mod fair;
 mod judge;
 mod seen;
 mod wire;
 
+use beside::{Beside, Kind};
+use fair::Served;
 pub use seen::Seen;
 
+use clients::Culprit;
 use kvrun_fake_shard::faults::{Faults, Mark};
 use kvrun_fake_shard::ledger::{Breach, Ledger, Sizes};
 use kvrun_scheduler::{
-    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, PlantedBug, Refusal,
-    Reply, Request, RowReply, Scheduler, Step, Time,
+    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, PlantedBug, Reply,
+    Request, RowReply, Scheduler, Step, Time,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use wire::wire;
 
 const VOCABULARY: u32 = 500;
@@ -38,11 +43,15 @@ const DEADLY: u32 = 3;
 
 struct Client {
     request: Request,
+    beside: Beside,
     sampling: kvrun_proto::Sampling,
     /// The answer alone, known from the first token on.
     expected: Option<Vec<u32>>,
     got: Vec<u32>,
     ended: bool,
+    submitted: Time,
+    /// On the shard, as the steps said.
+    running: bool,
     strikes: u32,
     recovering_since: Option<Time>,
 }
@@ -68,6 +77,7 @@ pub struct World {
     scheduler: Scheduler,
     shard: Option<Ledger>,
     sizes: Sizes,
+    kind: Kind,
     adapter_bytes: u64,
     epoch: u64,
     /// The step in flight and what the shard will say.
@@ -77,6 +87,9 @@ pub struct World {
     folders: BTreeMap<AdapterId, Folder>,
     calls: Vec<Call>,
     prompts: Vec<Vec<u32>>,
+    served: Served,
+    /// Requests that the shard died of, and when.
+    culprits: Vec<Culprit>,
     shrunk: bool,
     /// Whether calls about adapters may still go unanswered.
     troubled: bool,
@@ -86,6 +99,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, planted: Option<PlantedBug>, told: bool) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
+        let kind = Kind::any(&mut rng);
         let sizes = Sizes {
             pages: rng.random_range(6..60),
             page_tokens: rng.random_range(1..5),
@@ -93,6 +107,7 @@ impl World {
             step_rows: rng.random_range(1..10),
             vocabulary: VOCABULARY,
             positions: rng.random_range(20..200),
+            ..kind.sizes()
         };
         let config = Config {
             step_tokens: sizes.step_tokens,
@@ -125,6 +140,7 @@ impl World {
             scheduler,
             shard: None,
             sizes,
+            kind,
             adapter_bytes,
             epoch: 0,
             in_flight: None,
@@ -133,6 +149,8 @@ impl World {
             folders: BTreeMap::new(),
             calls: Vec::new(),
             prompts,
+            served: Served::default(),
+            culprits: Vec::new(),
             shrunk: false,
             troubled: true,
             seen: Seen::default(),
@@ -194,6 +212,7 @@ impl World {
                 page_tokens: sizes.page_tokens,
                 vocabulary: VOCABULARY,
                 positions: sizes.positions,
+                ..self.kind.model()
             },
         };
         self.tell(|| format!("epoch {} begins with {} pages", grant.epoch, grant.pages));
@@ -220,6 +239,9 @@ impl World {
                     .filter(|client| !client.ended)
                 {
                     client.strikes += 1;
+                    if client.strikes >= DEADLY {
+                        self.culprits.push(Culprit::of(client, self.now));
+                    }
                     hold!(
                         client.strikes < DEADLY || alone,
                         "request {} is blamed among others",
@@ -230,108 +252,11 @@ impl World {
         }
         for client in self.clients.values_mut() {
             client.recovering_since.get_or_insert(self.now);
+            client.running = false;
         }
         self.scheduler.lose_epoch(self.now);
-        self.hear(None)
-    }
-
-    fn submit(&mut self) -> Result<(), String> {
-        let mut prompt = self
-            .prompts
-            .choose(&mut self.rng)
-            .cloned()
-            .unwrap_or_default();
-        prompt.truncate(self.rng.random_range(1..=prompt.len()));
-        let tail = self.rng.random_range(0..6);
-        prompt.extend((0..tail).map(|_| self.rng.random_range(4..VOCABULARY)));
-        match self.rng.random_range(0..60) {
-            0 => prompt.push(POISON),
-            1 | 2 => prompt.push(BAD),
-            _ => {}
-        }
-        let registered: Vec<_> = self.folders.keys().copied().collect();
-        let adapter = match self.rng.random_bool(0.5) {
-            true => registered.choose(&mut self.rng).copied(),
-            false => None,
-        };
-        let deadline = self
-            .rng
-            .random_bool(0.1)
-            .then(|| self.now + Time::from_secs(self.rng.random_range(0..30)));
-        let request = Request {
-            prompt: Arc::from(prompt),
-            adapter,
-            max_new_tokens: self.rng.random_range(1..40),
-            end_tokens: Arc::from([END]),
-            tenant: Arc::from(["a", "b", "c"][self.rng.random_range(0..3)]),
-            deadline,
-            reuse_prefix: self.rng.random_bool(0.9),
-        };
-        let sampling = kvrun_proto::Sampling {
-            temperature: 1.0,
-            seed: self.rng.random(),
-            ..Default::default()
-        };
-        let total = request.prompt.len() as u32 + request.max_new_tokens;
-        match self.scheduler.submit(self.now, request.clone()) {
-            Ok(id) => {
-                self.tell(|| format!("request {id}: {request:?}"));
-                let client = Client {
-                    request,
-                    sampling,
-                    expected: None,
-                    got: Vec::new(),
-                    ended: false,
-                    strikes: 0,
-                    recovering_since: None,
-                };
-                self.clients.insert(id, client);
-            }
-            Err(refusal) => {
-                self.seen.refusals += 1;
-                match refusal {
-                    Refusal::NotReady => {
-                        hold!(self.epoch == 0, "not ready in epoch {}", self.epoch)
-                    }
-                    Refusal::TooLong { asked, limit } => {
-                        hold!(
-                            asked == total && total > limit,
-                            "{total} tokens refused under {limit}"
-                        );
-                    }
-                    Refusal::UnknownAdapter => {
-                        let folder = adapter.and_then(|id| self.folders.get(&id));
-                        hold!(
-                            folder.is_some_and(|folder| folder.left || folder.was_unusable),
-                            "a good adapter is unknown"
-                        );
-                    }
-                    Refusal::Overloaded(after) => {
-                        hold!(
-                            after >= Time::from_secs(1) && after <= Time::from_secs(60),
-                            "retry after {after:?}"
-                        );
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn cancel(&mut self) -> Result<(), String> {
-        let open: Vec<u64> = self
-            .clients
-            .iter()
-            .filter(|(_, client)| !client.ended)
-            .map(|(&id, _)| id)
-            .collect();
-        if let Some(&id) = open.choose(&mut self.rng) {
-            self.tell(|| format!("request {id} is cancelled"));
-            self.scheduler.cancel(self.now, id);
-            self.clients.remove(&id);
-            self.seen.cancelled += 1;
-        }
-        self.hear(None)
+        self.hear(None)?;
+        self.judge_culprits()
     }
 
     /// Adapters are registered, unloaded, pinned, asked for again, or changed on disk.
@@ -421,7 +346,8 @@ impl World {
                         LoadFault::Unanswered,
                         "the shard is busy",
                     );
-                } else if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes {
+                } else if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes
+                {
                     let fault = if folder.broken {
                         LoadFault::Unfit
                     } else {
@@ -534,10 +460,14 @@ impl World {
             "request {:?} outlived its deadline",
             late.map(|(id, _)| id)
         );
-        let (Some(step), Some(shard)) = (planned, &mut self.shard) else {
+        let Some(step) = planned else {
             return Ok(());
         };
         self.seen.steps += 1;
+        self.judge_turns(&step)?;
+        let Some(shard) = &mut self.shard else {
+            return Ok(());
+        };
         let wire = wire(&self.scheduler, &step, &self.clients);
         let computed = shard.step(&wire, &self.faults);
         self.tell(|| format!("{step:?} -> {computed:?}"));

@@ -25,6 +25,7 @@ use crate::api::validate::unsupported;
 const NAMES: Names = Names {
     prompt: "messages",
     max_new_tokens: "max_tokens",
+    prompt_logprobs: "logprobs",
 };
 
 /// Goes on with a conversation.

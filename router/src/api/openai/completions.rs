@@ -23,6 +23,7 @@ use crate::request::TokenInfo;
 const NAMES: Names = Names {
     prompt: "prompt",
     max_new_tokens: "max_tokens",
+    prompt_logprobs: "echo",
 };
 /// OpenAI's own default for this route.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -150,7 +151,7 @@ fn prompts(field: PromptField) -> Result<Vec<Prompt>, ApiError> {
 fn echoed(app: &App, checked: &Checked, shape: Shape) -> String {
     match shape.echo {
         true if checked.prompt_text.is_empty() => {
-            app.text.tokenizer().decode(&checked.request.prompt, true)
+            app.text.tokenizer().decode(checked.request.input(), true)
         }
         true => checked.prompt_text.clone(),
         false => String::new(),

@@ -90,7 +90,7 @@ async fn whole(
     else {
         return Err(ApiError::new(Kind::Incomplete, "nothing was admitted"));
     };
-    let prompt = checked.request.prompt.clone();
+    let prompt = checked.request.input().clone();
     let mut answers =
         futures::future::try_join_all(generations.into_iter().map(Whole::collect)).await?;
     answers.sort_by(|left, right| right.score().total_cmp(&left.score()));

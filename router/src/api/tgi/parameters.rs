@@ -23,6 +23,7 @@ pub struct Asked {
 const NAMES: Names = Names {
     prompt: "inputs",
     max_new_tokens: "max_new_tokens",
+    prompt_logprobs: "decoder_input_details",
 };
 
 /// Reads a body's fields. Parameters that are absent altogether mean sampling; present ones mean greedy unless they say

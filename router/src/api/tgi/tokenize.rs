@@ -9,7 +9,7 @@ use crate::api::body::JsonBody;
 use crate::api::error::ApiError;
 use crate::api::openai::chat;
 use crate::api::openai::types::ChatBody;
-use crate::api::validate::Limits;
+use crate::api::prompt::Limits;
 
 /// The tokens of a text.
 #[utoipa::path(post, path = "/tokenize", tag = "Tokenization", request_body = TokenizeBody, responses(

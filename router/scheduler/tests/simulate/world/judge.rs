@@ -1,7 +1,6 @@
 //! What must hold: after every event, at the end of every request, and when everything is over.
 
-use super::{BAD, Client, DEADLY, END, POISON, VOCABULARY, World};
-use kvrun_fake_shard::tokens;
+use super::{BAD, Client, Culprit, DEADLY, END, POISON, World};
 use kvrun_scheduler::{Event, Failure, Finish, Reply, Time, What};
 
 impl World {
@@ -25,7 +24,10 @@ impl World {
         event: Event,
         reply: Option<&Reply>,
     ) -> Result<(), String> {
-        let tainted = |token| client.request.prompt.contains(&token) || client.got.contains(&token);
+        let tainted = |token| {
+            let given = client.request.prompt.iter().chain(&client.beside.source);
+            given.chain(&client.got).any(|&known| known == token)
+        };
         match event.what {
             What::Started { cached_tokens, .. } => {
                 hold!(
@@ -37,6 +39,9 @@ impl World {
                     "a prefix was reused against the wish"
                 );
                 self.seen.cached_tokens += u64::from(cached_tokens);
+                let images = client.request.images.iter();
+                self.seen.cached_images +=
+                    images.filter(|image| image.end() <= cached_tokens).count() as u64;
             }
             What::Token { row, place } => {
                 let reply = reply.ok_or("a token without a reply")?;
@@ -50,13 +55,11 @@ impl World {
                     let digest = folder
                         .and_then(|folder| folder.loaded.as_deref())
                         .unwrap_or("");
-                    client.expected = Some(tokens::answer(
-                        &client.request.prompt,
+                    client.expected = Some(client.beside.answer(
+                        self.kind,
+                        &client.request,
                         digest,
                         &client.sampling,
-                        client.request.max_new_tokens,
-                        &client.request.end_tokens,
-                        VOCABULARY,
                     ));
                 }
                 let place = client.got.len();
@@ -123,10 +126,14 @@ impl World {
                             .recovering_since
                             .map(|since| self.now.saturating_sub(since));
                         let late = waited.is_some_and(|waited| waited >= Time::from_secs(120));
-                        hold!(
-                            client.strikes >= DEADLY || late || self.shrunk,
-                            "given up without reason"
-                        );
+                        hold!(late || self.shrunk, "given up without reason");
+                    }
+                    Failure::Deadly => {
+                        let now = |culprit: &Culprit| {
+                            culprit.since == self.now
+                                && culprit.fingerprint == client.request.fingerprint
+                        };
+                        hold!(self.culprits.iter().any(now), "blamed without reason");
                         self.seen.culprits +=
                             u64::from(client.strikes >= DEADLY && tainted(POISON));
                     }

@@ -17,7 +17,13 @@ pub struct Seen {
     pub(super) adapter_failures: u64,
     pub(super) evictions: u64,
     pub(super) refusals: u64,
+    pub(super) memories: u64,
+    pub(super) images: u64,
+    pub(super) cached_images: u64,
+    pub(super) indivisible: u64,
     pub(super) unanswered_loads: u64,
+    pub(super) kept_out: u64,
+    pub(super) turns: u64,
 }
 
 impl Seen {
@@ -32,7 +38,7 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 15] {
+    fn all(&mut self) -> [&mut u64; 21] {
         [
             &mut self.steps,
             &mut self.finished,
@@ -48,11 +54,17 @@ impl Seen {
             &mut self.adapter_failures,
             &mut self.evictions,
             &mut self.refusals,
+            &mut self.memories,
+            &mut self.images,
+            &mut self.cached_images,
+            &mut self.indivisible,
             &mut self.unanswered_loads,
+            &mut self.kept_out,
+            &mut self.turns,
         ]
     }
 
-    fn values(&self) -> [u64; 15] {
+    fn values(&self) -> [u64; 21] {
         [
             self.steps,
             self.finished,
@@ -68,7 +80,13 @@ impl Seen {
             self.adapter_failures,
             self.evictions,
             self.refusals,
+            self.memories,
+            self.images,
+            self.cached_images,
+            self.indivisible,
             self.unanswered_loads,
+            self.kept_out,
+            self.turns,
         ]
     }
 }

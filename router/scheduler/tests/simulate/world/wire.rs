@@ -1,6 +1,6 @@
 //! Steps as the shard gets them.
 
-use super::Client;
+use super::{Beside, Client};
 use kvrun_scheduler::{Scheduler, Step};
 use std::collections::BTreeMap;
 
@@ -12,6 +12,9 @@ pub(super) fn wire(
 ) -> kvrun_proto::Step {
     let admit = step.admit.iter().filter_map(|admission| {
         let journal = scheduler.journal(admission.sequence)?;
+        let beside = clients
+            .get(&admission.sequence)
+            .map(|client| &client.beside);
         Some(kvrun_proto::Admit {
             sequence: admission.sequence,
             tokens: [journal.prompt(), journal.answer()].concat(),
@@ -20,7 +23,9 @@ pub(super) fn wire(
                 .get(&admission.sequence)
                 .map(|client| client.sampling.clone()),
             adapter: admission.adapter,
-            ..Default::default()
+            memory_tokens: beside.map_or_else(Vec::new, |beside| beside.source.clone()),
+            memory_pages: admission.memory.clone(),
+            images: beside.map_or_else(Vec::new, Beside::wire),
         })
     });
     let rows = step.rows.iter().map(|row| kvrun_proto::Row {
