@@ -282,14 +282,14 @@ def test_auto_takes_the_type_of_the_config_and_else_of_the_weights(copy):
 
 def test_what_cannot_be_honoured_is_refused_by_name(copy):
     folder = copy("llama")
-    with pytest.raises(Unsupported, match="--quantize awq is not served"):
+    with pytest.raises(Unsupported, match="--quantize awq reads weights stored so, and config.json has no quantization_config"):
         load_model(folder, quantize="awq")
     with pytest.raises(Unsupported, match="--dtype int3"):
         load_model(folder, dtype="int3")
     with pytest.raises(DeviceError, match="device cuda was asked for"):
         load_model(folder, device="cuda")
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(Unsupported, match="quantized with gptq"):
+    edit_config(folder, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(Unsupported, match="quantized with aqlm, which is not served: it stores additive codebooks"):
         load_model(folder)
     edit_config(folder, quantization_config=None, hidden_act="softsign")
     with pytest.raises(Unsupported, match="activation softsign is not served; known are silu"):
@@ -315,7 +315,7 @@ def test_a_loaded_model_says_what_it_is(checkpoint):
     assert (loaded.positions, loaded.end_tokens) == (512, (2,))
     assert loaded.page_bytes(16) == 2 * 2 * 2 * 16 * 16 * 4  # layers, key and value, heads, tokens, width, bytes
     assert loaded.pool(3).bytes == 3 * loaded.page_bytes()
-    assert loaded.pool(3).layers[0].shape == (3, 2, 2, 16, 16)
+    assert loaded.pool(3).kv.layers[0].shape == (3, 2, 2, 16, 16)
 
 
 def test_the_digest_follows_config_and_weights_but_not_the_folder(copy, checkpoint):

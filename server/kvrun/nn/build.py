@@ -28,7 +28,8 @@ from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
 from kvrun.nn.vision.build import build_sight
 from kvrun.nn.vision.sight import Sight
-from kvrun.quant import Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
+from kvrun.quant import DenseLinear, LinearFormat, QuantizedLinear, choose
+from kvrun.quant import build as build_weight
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
 from kvrun.spec import mixers as spec_mixers
@@ -64,8 +65,8 @@ def load_model(
     weights = choose(quantize, config.get("quantization_config") or config.get("compression_config"))
     checkpoint = Checkpoint.open(folder)
     loader = Loader(checkpoint, probe(model, checkpoint.entries))
-    plan = plan_model(model, Split(group.rank, group.world))
-    loader.audit(plan, weights.tensors(), model.leftovers)
+    plan = plan_model(model, Split(group.rank, group.world, weights.unit))
+    loader.audit(plan, weights, model.leftovers)
     chosen = _dtype(dtype, config, checkpoint)
     _refuse_narrow(chosen, model)
     build = _Build(model, plan, loader, weights, chosen, group)
@@ -121,7 +122,7 @@ class _Build:
     def __init__(self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group) -> None:
         self.shared = Shared(plan.split, group, dtype)
         self.linears = self.shared.linears
-        self._model, self._plan, self._loader, self._format, self._dense = model, plan, loader, weights, Dense()
+        self._model, self._plan, self._loader, self._format = model, plan, loader, weights
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
         self.hidden = model.decoder.embed.hidden
@@ -162,7 +163,7 @@ class _Build:
         weight = self._loader.table(self._plan.head.weight, self.shared.dtype)
         if isinstance(self._model.decoder.head, UnitHead):
             weight = functional.normalize(weight.float()).to(weight.dtype)
-        return self._dense.build({"weight": weight}, self.shared.dtype)
+        return DenseLinear(weight)
 
     def _embedding(self, head: DenseLinear) -> Embedding:
         embed, plan = self._model.decoder.embed, self._plan.embed
@@ -241,7 +242,11 @@ class _Build:
         return self.shared.linear(plan.role, _sources(plan), self._weight(plan), bias, plan.out_features, plan.in_features)
 
     def _weight(self, plan: LinearPlan) -> QuantizedLinear:
-        return self._format.build(self._loader.linear(plan, self._format.tensors()), self.shared.dtype)
+        parts = []
+        for cut in plan.cuts:
+            weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
+            parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
+        return build_weight(parts, plan.in_features, self.shared.dtype)
 
 
 def _sources(plan: LinearPlan) -> tuple[Source, ...]:
@@ -249,6 +254,8 @@ def _sources(plan: LinearPlan) -> tuple[Source, ...]:
     for cut in plan.cuts:
         rows = indices(cut.rows)
         cols = None if cut.cols == ((0, cut.in_features),) else indices(cut.cols)
-        sources.append(Source(cut.module, rows, column, cols, cut.out_features, cut.in_features, cut.alias, cut.flipped))
+        # Adapters know a tensor that is no module's weight by its parameter only.
+        module = cut.alias.parameter if cut.bare and cut.alias is not None else cut.module
+        sources.append(Source(module, rows, column, cols, cut.out_features, cut.in_features, cut.alias, cut.flipped))
         column += len(rows)
     return tuple(sources)

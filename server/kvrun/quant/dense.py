@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.quant.format import Axes
+from kvrun.weights.plan import Cut, Role
+
+PLAIN = Axes(out=0, inp=1)
 
 
 class Dense:
     """One number per output and input."""
 
+    unit = 1
+
+    def of(self, module: str, role: Role, held: Collection[str]) -> Dense:
+        """See LinearFormat."""
+        return self
+
     def tensors(self) -> Mapping[str, Axes]:
         """See LinearFormat."""
-        return {"weight": Axes(out=0, inp=1)}
+        return {"weight": PLAIN}
 
-    def build(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> DenseLinear:
+    def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Tensor:
         """See LinearFormat."""
-        return DenseLinear(tensors["weight"].to(dtype))
+        return tensors["weight"]
 
 
 class DenseLinear:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from kvrun.weights.shard import Axes
+from kvrun.quant.codes import Codes
+from kvrun.weights.plan import Cut, Role
+from kvrun.weights.shard import WHOLE, Axes, Flat
 
-__all__ = ["Axes", "LinearFormat", "QuantizedLinear"]
+__all__ = ["WHOLE", "Axes", "Flat", "LinearFormat", "QuantizedLinear"]
 
 
 class QuantizedLinear(Protocol):
-    """The weight of one linear on this rank, in whatever form its format multiplies with fastest."""
+    """The weight of one linear on this rank, in whatever form it is multiplied with fastest."""
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> x @ dense().T + bias, [T, out], in x's dtype."""
@@ -24,10 +25,15 @@ class QuantizedLinear(Protocol):
 
 
 class LinearFormat(Protocol):
-    """How a checkpoint stores a linear's weight, and how this rank's share of it becomes something to multiply with."""
+    """How a checkpoint stores the weight of a module, and what a part of it stands for."""
 
-    def tensors(self) -> Mapping[str, Axes]:
-        """The tensors of one module by suffix ("weight", "scales") with their axes; the loader cuts and joins by them."""
+    unit: int  # outputs or inputs that lie together: a rank's share is a multiple of it where the model leaves a choice
 
-    def build(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedLinear:
-        """A linear from this rank's tensors, already cut and joined, for inputs of `dtype`."""
+    def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
+        """The format of one module, of whose tensors the checkpoint holds these suffixes."""
+
+    def tensors(self) -> Mapping[str, Axes | Flat]:
+        """The tensors of a module by suffix ("weight", "scales") with their axes; the loader cuts by them."""
+
+    def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes | Tensor:
+        """What the cut of a module stands for, from its tensors as cut: codes with scales, or plain numbers [out, in]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from kvrun.errors import FilesError, Unsupported
 from kvrun.weights.checkpoint import Checkpoint, extent
 from kvrun.weights.naming import Naming
 from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, TablePlan
-from kvrun.weights.shard import Axes
+from kvrun.weights.shard import Axes, Flat, Stored
 from kvrun.weights.split import Runs, merge
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ class Loader:
     def __init__(self, checkpoint: Checkpoint, naming: Naming) -> None:
         self.checkpoint = checkpoint
         self.naming = naming
+        self._names = sorted(checkpoint.entries)
 
-    def audit(self, plan: ModelPlan, axes: Mapping[str, Axes], leftovers: Iterable[str]) -> None:
+    def audit(self, plan: ModelPlan, weights: Stored, leftovers: Iterable[str]) -> None:
         """Refuse a checkpoint that lacks a declared tensor, has one in another shape, or has one that nobody reads.
 
-        `axes` are the tensors of the weight format in use. Raises FilesError with up to ten names.
+        `weights` is the weight format in use. Raises FilesError with up to ten names.
         """
-        wanted = dict(self._wanted(plan, axes))
+        wanted = dict(self._wanted(plan, weights))
         entries, folder = self.checkpoint.entries, self.checkpoint.folder
         missing = [name for name in wanted if name not in entries]
         if missing:
@@ -56,9 +58,18 @@ class Loader:
         self.checkpoint.read(name, spans, out)
         return out
 
-    def linear(self, plan: LinearPlan, axes: Mapping[str, Axes]) -> dict[str, Tensor]:
-        """The tensors of a linear's weight, each cut to this rank and its parts joined, in the file's own dtype."""
-        return {suffix: self._cut(plan, suffix, axis) for suffix, axis in axes.items()}
+    def linear(self, plan: LinearPlan, axes: Mapping[str, Axes | Flat], cut: Cut) -> dict[str, Tensor]:
+        """The tensors of one cut of a linear, in the file's own dtype."""
+        return {suffix: self._cut(cut, suffix, axis, plan.transposed) for suffix, axis in axes.items()}
+
+    def held(self, cut: Cut) -> set[str]:
+        """The suffixes of a module's tensors that the checkpoint holds: "weight", "bias", "weight.absmax"."""
+        prefix = self.naming(cut.tensor("."))[:-1]
+        first, found = bisect_left(self._names, prefix), set()
+        while first < len(self._names) and self._names[first].startswith(prefix):
+            found.add(self._names[first][len(prefix) :])
+            first += 1
+        return found | ({"weight"} if self.naming(cut.tensor("weight")) in self.checkpoint.entries else set())
 
     def bias(self, plan: LinearPlan, dtype: torch.dtype) -> Tensor | None:
         """What this rank adds to the linear's output, [out_features]; None when that is nothing."""
@@ -74,25 +85,14 @@ class Loader:
             at += rows
         return out
 
-    def _cut(self, plan: LinearPlan, suffix: str, axes: Axes) -> Tensor:
+    def _cut(self, cut: Cut, suffix: str, axes: Axes | Flat, transposed: bool) -> Tensor:
         import torch
 
-        flip = plan.transposed and suffix == "weight"
-        axes = axes.flipped() if flip else axes
-        names = [self.naming(cut.tensor(suffix)) for cut in plan.cuts]
-        shapes = [self.checkpoint.entries[name].shape[cut.index is not None :] for cut, name in zip(plan.cuts, names, strict=True)]
-        spans = [axes.spans(cut, shape) for cut, shape in zip(plan.cuts, shapes, strict=True)]
-        if len(spans) > 1 and axes.out is None:
-            raise Unsupported(f"{names[0]} has no output axis to join {len(spans)} parts along; this format needs its own rule")
-        joined = list(extent(spans[0]))
-        if axes.out is not None:
-            joined[axes.out] = sum(extent(span)[axes.out] for span in spans)
-        out = torch.empty(joined, dtype=torch_dtype(self.checkpoint.entries[names[0]].dtype))
-        at = 0
-        for cut, span in zip(plan.cuts, spans, strict=True):
-            rows = extent(span)[axes.out] if axes.out is not None else 0
-            self._read(cut, suffix, span, out if axes.out is None else out.narrow(axes.out, at, rows))
-            at += rows
+        flip = transposed and suffix == "weight"
+        entry = self.checkpoint.entries[self.naming(cut.tensor(suffix))]
+        spans = (axes.flipped() if flip else axes).spans(cut, entry.shape[cut.index is not None :])
+        out = torch.empty(extent(spans), dtype=torch_dtype(entry.dtype))
+        self._read(cut, suffix, spans, out)
         return out.t() if flip else out
 
     def _read(self, cut: Cut, suffix: str, spans: tuple[Runs, ...], out: Tensor) -> None:
@@ -102,14 +102,14 @@ class Loader:
         else:
             self.checkpoint.read(name, (((cut.index[0], cut.index[0] + 1),), *spans), out.unsqueeze(0))
 
-    def _wanted(self, plan: ModelPlan, axes: Mapping[str, Axes]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    def _wanted(self, plan: ModelPlan, weights: Stored) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
         for table in plan.all_tables():
             yield self.stored(table), table.shape
         for linear in plan.all_linears():
             for cut in linear.cuts:
                 whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
-                for suffix, axis in axes.items():
+                for suffix, axis in weights.of(cut.module, linear.role, self.held(cut)).tensors().items():
                     yield self.naming(cut.tensor(suffix)), cut.stacked(whole) if axis.plain else None
                 if linear.bias:
                     yield self.naming(cut.tensor("bias")), cut.stacked((cut.out_features,))

@@ -53,6 +53,15 @@ class Split:
 
     rank: int = 0
     world: int = 1
+    unit: int = 1  # what `units` keeps together: the values that a weight format packs or scales together
+
+    def units(self, total: int) -> Span:
+        """As `span`, in multiples of the unit, or of a half, quarter ... of it when ranks would go empty."""
+        unit = self.unit
+        while unit > 1 and total < unit * self.world:
+            unit //= 2
+        start, stop = _share(-(-total // unit), self.world, self.rank)
+        return min(start * unit, total), min(stop * unit, total)
 
     def span(self, total: int) -> Span:
         """This rank's share of `total` units; the first ranks hold one more where it does not divide."""

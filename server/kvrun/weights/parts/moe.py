@@ -30,7 +30,7 @@ def _(mixer: Moe, at: str, hidden: int, split: Split) -> MixerPlan:
         logits = replace(logits, cuts=tuple(replace(cut, alias=alias) for cut in logits.cuts))
     linears, tables = {"logits": logits}, {}
     for number in range(mixer.experts):
-        expert = _Expert(number, mixer.experts, mixer.width, split.span(mixer.width), hidden, split.rank == 0)
+        expert = _Expert(number, mixer.experts, mixer.width, split.units(mixer.width), hidden, split.rank == 0)
         linears[f"gate_up.{number}"], linears[f"down.{number}"] = _linears(mixer.layout, at, expert)
     if isinstance(mixer.router, GroupedSigmoid):
         tables["correction"] = TablePlan(join(at, mixer.router.correction), (mixer.experts,), ((0, mixer.experts),), exact=True)

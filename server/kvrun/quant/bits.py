@@ -1,0 +1,33 @@
+"""Fields of a few bits in integers of 32, lowest bits first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INTEGER = 32
+
+
+def period(bits: int) -> tuple[int, int]:
+    """(fields, integers) of the shortest run of fields that ends where an integer ends: (8, 1) for 4 bits, (32, 3) for 3."""
+    common = math.gcd(bits, INTEGER)
+    return INTEGER // common, bits // common
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """int32 packed along a dimension -> uint8, that dimension longer. A field may straddle two integers."""
+    fields, integers = period(bits)
+    words = packed.movedim(dim, 0)
+    words = words.reshape(-1, integers, *words.shape[1:])
+    out = torch.empty((len(words), fields, *words.shape[2:]), dtype=torch.uint8)
+    mask = (1 << bits) - 1
+    for field in range(fields):
+        word, low = divmod(field * bits, INTEGER)
+        found = words[:, word] >> low
+        if low + bits > INTEGER:
+            left = INTEGER - low
+            found = found & ((1 << left) - 1) | words[:, word + 1] << left
+        out[:, field] = found & mask
+    return out.flatten(0, 1).movedim(0, dim).contiguous()

@@ -1,0 +1,87 @@
+"""Linears over codes, and the way parts of a linear become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from kvrun_kernels import ops
+from torch import Tensor
+
+from kvrun.quant.codes import Codes, arranged
+from kvrun.quant.dense import DenseLinear
+from kvrun.quant.format import QuantizedLinear
+
+
+class CodedLinear:
+    """A weight as packed codes."""
+
+    def __init__(self, codes: Codes, in_features: int) -> None:
+        """Not kept beside their packed form."""
+        self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table)
+        self._order, self._in_features = codes.order, in_features
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]"""
+        return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias)
+
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, [out, in] float32."""
+        dense = self.packed.dense()
+        if self._order is None:
+            return dense
+        there = self._order >= 0
+        out = dense.new_empty((len(dense), self._in_features))
+        out[:, self._order[there]] = dense[:, there]
+        return out
+
+
+class Stacked:
+    """Weights that share inputs and nothing else, one below the other."""
+
+    def __init__(self, parts: Sequence[QuantizedLinear], sizes: Sequence[int]) -> None:
+        self._parts, self._sizes = tuple(parts), list(sizes)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]"""
+        biases = [None] * len(self._parts) if bias is None else bias.split(self._sizes)
+        return torch.cat([part.matmul(x, b) for part, b in zip(self._parts, biases, strict=True)], dim=1)
+
+    def dense(self) -> Tensor:
+        """All of them, [out, in] float32."""
+        return torch.cat([part.dense().float() for part in self._parts])
+
+
+def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype) -> QuantizedLinear:
+    """One linear of its parts' rows below each other; plain parts take `dtype`."""
+    if len(parts) == 1:
+        (part,) = parts
+        return CodedLinear(part, in_features) if isinstance(part, Codes) else DenseLinear(part.to(dtype))
+    plain = [part for part in parts if isinstance(part, Tensor)]
+    if len(plain) == len(parts):
+        return DenseLinear(torch.cat([part.to(dtype) for part in plain]))
+    coded = [part for part in parts if isinstance(part, Codes)]
+    if len(coded) == len(parts) and all(_alike(coded[0], other) for other in coded[1:]):
+        return CodedLinear(_joined(coded), in_features)
+    sizes = [len(part.values if isinstance(part, Codes) else part) for part in parts]
+    return Stacked([build([part], in_features, dtype) for part in parts], sizes)
+
+
+def _joined(parts: Sequence[Codes]) -> Codes:
+    first = parts[0]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    # Floats of 8 bits do not concatenate.
+    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
+    scales = torch.cat([part.scales for part in parts])
+    return Codes(values, scales, torch.cat(offsets) if offsets else None, first.group, first.table, first.order)
+
+
+def _alike(a: Codes, b: Codes) -> bool:
+    """Whether two weights that share inputs can lie in one."""
+    same = a.values.dtype == b.values.dtype and a.scales.dtype == b.scales.dtype and a.group == b.group
+    pairs = ((a.offsets, b.offsets), (a.table, b.table), (a.order, b.order))
+    if not same or any((x is None) != (y is None) for x, y in pairs):
+        return False
+    if a.offsets is not None and b.offsets is not None and a.offsets.dtype != b.offsets.dtype:
+        return False
+    return all(x is None or y is None or torch.equal(x, y) for x, y in pairs[1:])
