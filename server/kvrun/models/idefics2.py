@@ -37,7 +37,7 @@ HALF = (0.5, 0.5, 0.5)
 @architecture("Idefics2ForConditionalGeneration")
 def idefics2(c: Config) -> Model:
     """Idefics 2 over whichever language model its `text_config` describes."""
-    text = language_model(c.stating(text_config={"model_type": "mistral", **c.text_config}), "model.text_model.")
+    text = language_model(c, "model.text_model.", "mistral")
     return replace(text, images=_images(c, text.decoder.embed.hidden))
 
 

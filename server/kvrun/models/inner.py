@@ -33,15 +33,32 @@ QWEN2 = {
     "max_position_embeddings": 32_768,
 }
 # What the inner model's class says where the file does not: an outer config states only what differs.
-DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"]},
+}
+# Where earlier versions of the classes that call their inner model `model.language_model` kept their parts.
+SPELLINGS = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head", "language_model.lm_head"),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+)
 
 
-def language_model(c: Config, at: str) -> Model:
-    """The model that `text_config` describes, as a part of this one whose names begin with `at` instead of "model."."""
-    text = c.within("text_config")
-    defaults = DEFAULTS.get(text.get("model_type", "llama"), {})
+def language_model(c: Config, at: str, kind: str) -> Model:
+    """The model that `text_config` describes, as a part of this one whose names begin with `at` instead of "model.".
+
+    `kind` is its model_type where it does not say.
+    """
+    text = c.within("text_config").otherwise(model_type=kind)
     tied = {} if c.get("tie_word_embeddings") is None else {"tie_word_embeddings": c.tie_word_embeddings}
-    return moved(model_of(text.otherwise(**defaults).stating(**tied)), at)
+    return moved(model_of(text.otherwise(**DEFAULTS.get(text.model_type, {})).stating(**tied)), at)
 
 
 def moved(model: Model, at: str) -> Model:

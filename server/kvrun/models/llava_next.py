@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kvrun.errors import Unsupported
 from kvrun.models import clip, siglip
-from kvrun.models.inner import language_model
+from kvrun.models.inner import SPELLINGS, language_model
 from kvrun.spec import (
     Config,
     Feed,
@@ -29,22 +29,12 @@ TOWERS: dict[str, tuple[dict, Callable[[Config, str, int], PictureEncoder]]] = {
     "clip_vision_model": ({**CLIP_L, "image_size": 336, "patch_size": 14}, clip.lower),
     "siglip_vision_model": (siglip.DEFAULTS, siglip.lower),
 }
-# Where earlier versions of the same class kept its parts.
-SPELLINGS = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head", "language_model.lm_head"),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.vision_tower.", "model.vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.image_newline", "image_newline"),
-)
 
 
 @architecture("LlavaNextForConditionalGeneration")
 def llava_next(c: Config) -> Model:
     """LLaVA-NeXT over whichever language model its `text_config` describes."""
-    text = language_model(c, "model.language_model.")
+    text = language_model(c, "model.language_model.", "llama")
     return replace(
         text,
         images=_images(c, text.decoder.embed.hidden),

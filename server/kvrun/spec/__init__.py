@@ -3,7 +3,7 @@
 A model file reads a `Config` and returns a `Model`; its import list is the architecture's summary.
 """
 
-from kvrun.spec.companions import image_processor, pixels, special_tokens, token_id, token_text
+from kvrun.spec.companions import image_processor, line_breaks, pixels, special_tokens, token_id, token_text
 from kvrun.spec.config import Config
 from kvrun.spec.describe import describe
 from kvrun.spec.encoder import CrossAttention, Encoder, SourceAttention
@@ -141,6 +141,7 @@ __all__ = [
     "describe",
     "fuse",
     "image_processor",
+    "line_breaks",
     "linear",
     "model_of",
     "packed",

@@ -17,6 +17,8 @@ def describe(model: Model) -> str:
     if model.encoder is not None:
         lines += ["encoder", *_layers(model.encoder.layers), *(f"  {line}" for line in _lines("norm", model.encoder.norm))]
         lines.append(f"decoder, begins with {model.start}")
+    if model.images is not None:
+        lines += _lines("images", model.images)
     if model.decoder.wide:
         lines.append("residuals in float32")
     return "\n".join([*lines, *_layers(model.decoder.layers), *_lines("head", head)]) + "\n"
@@ -40,7 +42,9 @@ def _lines(label: str, value: Any) -> Iterator[str]:
     inline = " ".join(f"{name}={_plain(v)}" for name, v in parts if not _is_part(v))
     yield " ".join(filter(None, (label, type(value).__name__, inline)))
     for name, v in parts:
-        if _is_part(v):
+        if isinstance(v, tuple) and v and isinstance(v[0], Layer):
+            yield from (f"  {line}" for line in _layers(v))
+        elif _is_part(v):
             for part in v if isinstance(v, tuple) else (v,):
                 yield from (f"  {line}" for line in _lines("" if isinstance(v, tuple) else name, part))
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvrun.errors import ImageError
-
 
 class Size(NamedTuple):
     """Height and width, of pixels or of features."""
@@ -17,17 +15,15 @@ class Size(NamedTuple):
 
 
 def best_grid(image: Size, grids: Iterable[tuple[int, int]]) -> Size:
-    """The grid that keeps most of the image's pixels, and of several such the one that wastes least. Raises ImageError."""
-    best, kept, wasted = None, 0, 0
-    for height, width in grids:
+    """The grid that keeps most of the image's pixels, the one that wastes least of several such, the first of several of those."""
+
+    def worth(grid: tuple[int, int]) -> tuple[int, int]:
+        height, width = grid
         scale = min(width / image.width, height / image.height)
-        shown = min(int(image.width * scale) * int(image.height * scale), image.height * image.width)
-        rest = height * width - shown
-        if shown > kept or (best is not None and shown == kept and rest < wasted):
-            best, kept, wasted = Size(height, width), shown, rest
-    if best is None:
-        raise ImageError(f"an image of {image.width} x {image.height} pixels is too narrow to be shown; crop it")
-    return best
+        kept = min(int(image.width * scale) * int(image.height * scale), image.height * image.width)
+        return kept, kept - height * width
+
+    return Size(*max(grids, key=worth))
 
 
 def fitted(image: Size, grid: Size) -> Size:

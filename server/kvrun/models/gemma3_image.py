@@ -1,0 +1,55 @@
+"""Gemma 3 with images: SigLIP's features averaged down to a fixed number, which see each other in both directions."""
+
+from dataclasses import replace
+
+from kvrun.models import siglip
+from kvrun.models.inner import SPELLINGS, language_model
+from kvrun.spec import (
+    Config,
+    Images,
+    Matrix,
+    Model,
+    Normalise,
+    Pool,
+    RmsNorm,
+    Square,
+    architecture,
+    image_processor,
+    line_breaks,
+    pixels,
+    special_tokens,
+    token_text,
+)
+
+PROJECTOR = "model.multi_modal_projector"
+HALF = (0.5, 0.5, 0.5)
+
+
+@architecture("Gemma3ForConditionalGeneration")
+def gemma3_image(c: Config) -> Model:
+    """Gemma 3 of 4 billion parameters and more."""
+    text = language_model(c, "model.language_model.", "gemma3_text")
+    unread = (r"vision_tower\.(vision_model\.)?head\.",)  # a pooled feature that nobody asks for
+    return replace(text, images=_images(c, text.decoder.embed.hidden), leftovers=(*text.leftovers, *unread), spellings=SPELLINGS)
+
+
+def _images(c: Config, hidden: int) -> Images:
+    vision, processor = c.within("vision_config").otherwise(**siglip.DEFAULTS), image_processor(c)
+    processor.only("do_pan_and_scan", False)
+    token, count = c.get("image_token_index", c.get("image_token_id", 262_144)), c.get("mm_tokens_per_image", 256)
+    begin, end = c.get("boi_token_index", 255_999), c.get("eoi_token_index", 256_000)
+    blank = line_breaks(c, 2)
+    return Images(
+        marker=token_text(c, special_tokens(c), begin),
+        token=token,
+        cutting=Square(vision.image_size),
+        pixels=pixels(processor, HALF, HALF, filter=2),
+        encoder=siglip.encoder(vision, "model.vision_tower."),
+        stages=(
+            Pool(int(count**0.5)),
+            Normalise(RmsNorm(f"{PROJECTOR}.mm_soft_emb_norm", vision.layer_norm_eps, offset=1.0), vision.hidden_size),
+            Matrix(f"{PROJECTOR}.mm_input_projection_weight", vision.hidden_size, hidden),
+        ),
+        ids=(*blank, begin, *(token,) * count, end, *blank),
+        together=True,
+    )

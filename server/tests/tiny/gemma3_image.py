@@ -1,0 +1,40 @@
+"""Gemma 3 with images of more tokens than its window is wide."""
+
+import json
+from pathlib import Path
+
+from tiny.gemma import GEMMA3
+from tiny.llava_next import TOWER, visible
+from tiny.row import VOCABULARY, Row
+
+SIDE = 24
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA3_IMAGE = {
+    "text_config": {**GEMMA3, "vocab_size": VOCABULARY + 3, "layer_types": LAYERS, "model_type": "gemma3_text"},
+    "vision_config": {**TOWER, "image_size": SIDE, "model_type": "siglip_vision_model", "vision_use_head": False},
+    "mm_tokens_per_image": 9,
+    "image_token_index": VOCABULARY,
+    "boi_token_index": VOCABULARY + 1,
+    "eoi_token_index": VOCABULARY + 2,
+}
+
+
+def processor(folder: Path) -> None:
+    """The settings of images, with nulls as published files have them."""
+    settings = {"size": {"height": SIDE, "width": SIDE}, "do_pan_and_scan": None, "do_convert_rgb": None, "resample": 2}
+    settings |= {"image_processor_type": "Gemma3ImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": 9, "processor_class": "Gemma3Processor"}))
+
+
+ROWS = {
+    "gemma3_image": Row(
+        "gemma3",
+        GEMMA3_IMAGE,
+        prepare=processor,
+        auto="AutoModelForImageTextToText",
+        adjust=visible,
+        specials=("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+        architecture="Gemma3ForConditionalGeneration",
+    ),
+}
