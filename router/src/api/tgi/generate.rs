@@ -76,6 +76,7 @@ async fn whole(
     caller: &Caller,
     asked: Asked,
 ) -> Result<(HeaderMap, GenerateAnswer), ApiError> {
+    let prompt_wanted = asked.request.prompt_logprobs;
     let batch = Batch {
         requests: vec![asked.request],
         copies: asked.best_of,
@@ -97,7 +98,7 @@ async fn whole(
     let best = answers.remove(0);
     let writer = Writer {
         app,
-        prompt: &prompt,
+        prompt: if prompt_wanted { &prompt } else { &[] },
         prefix: if asked.full_text == Some(true) {
             &checked.prompt_text
         } else {
@@ -187,6 +188,7 @@ fn stream_details(generation: &Generation, reason: EndReason) -> StreamDetails {
 /// Writes whole answers to one prompt.
 struct Writer<'a> {
     app: &'a App,
+    /// Empty unless it was asked for.
     prompt: &'a [u32],
     prefix: &'a str,
 }
@@ -225,13 +227,9 @@ impl Writer<'_> {
         }
     }
 
-    /// Nothing unless it was asked for; the first token has nothing before it that could predict it.
+    /// The first token has nothing before it that could predict it.
     fn prefill(&self, whole: &Whole) -> Vec<PrefillToken> {
-        let Some((&first, _)) = self
-            .prompt
-            .split_first()
-            .filter(|_| !whole.prompt.is_empty())
-        else {
+        let Some(&first) = self.prompt.first() else {
             return vec![];
         };
         let logprobs = std::iter::once((first, None));
