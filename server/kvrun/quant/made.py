@@ -1,0 +1,102 @@
+"""Formats made of plain weights while they are loaded, and the arithmetic that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from kvrun.quant.codes import Codes
+from kvrun.quant.dense import PLAIN, Dense
+from kvrun.quant.format import Axes, LinearFormat
+from kvrun.quant.registry import made
+from kvrun.weights.plan import Cut, Role
+
+GROUP = 32  # inputs that share a scale in kv.run's own 4-bit form
+SMALLEST = 1e-12  # a row of zeros keeps a scale that can be divided by
+
+
+class Made:
+    """Plain weights that become codes after they were cut. What every rank holds in full stays plain: routers are such."""
+
+    unit = GROUP
+
+    def __init__(self, encode: Callable[[Tensor], Codes]) -> None:
+        """`encode` takes a weight [out, in] float32."""
+        self._encode = encode
+
+    def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
+        """See LinearFormat."""
+        return Dense() if role == "whole" else self
+
+    def tensors(self) -> Mapping[str, Axes]:
+        """See LinearFormat."""
+        return {"weight": PLAIN}
+
+    def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
+        """See LinearFormat."""
+        return self._encode(tensors["weight"].float())
+
+
+def per_output(weight: Tensor, levels: int) -> Codes:
+    """int8 with one scale for each output: its largest magnitude is `levels` steps."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / levels
+    return Codes((weight / scale).round().clamp(-128, 127).to(torch.int8), scale)
+
+
+def int4(weight: Tensor, group: int = GROUP) -> Codes:
+    """Integers from -8 to 7 with a float16 scale for each group: its largest number is exactly -8 steps."""
+    blocks = _blocks(weight, group)
+    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    scale = (largest / -8).half()
+    step = torch.where(scale == 0, 1, scale).float()
+    codes = (blocks / step).round().clamp(-8, 7).add(8).to(torch.uint8)
+    return Codes(_rows(codes, weight), scale.squeeze(2), group=group)
+
+
+def by_table(weight: Tensor, table: Tensor, group: int) -> Codes:
+    """The nearest of 16 entries between -1 and 1, of the group's largest magnitude."""
+    blocks = _blocks(weight, group)
+    largest = blocks.abs().amax(2, keepdim=True)
+    entries, places = table.sort()
+    middles = (entries[1:] + entries[:-1]) / 2
+    unit = blocks / torch.where(largest == 0, 1, largest)
+    codes = places[torch.bucketize(unit, middles)].to(torch.uint8)
+    return Codes(_rows(codes, weight), largest.squeeze(2), group=group, table=table)
+
+
+def float8(weight: Tensor) -> Codes:
+    """e4m3fn with one scale for each output, whose largest magnitude is the type's."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / torch.finfo(torch.float8_e4m3fn).max
+    return Codes((weight / scale).to(torch.float8_e4m3fn), scale)
+
+
+def _blocks(weight: Tensor, group: int) -> Tensor:
+    """[out, in] -> [out, groups, group], zeros after the last input."""
+    short = -weight.shape[1] % group
+    return torch.nn.functional.pad(weight, (0, short)).unflatten(1, (-1, group))
+
+
+def _rows(blocks: Tensor, weight: Tensor) -> Tensor:
+    return blocks.flatten(1)[:, : weight.shape[1]].contiguous()
+
+
+@made("int8")
+def _() -> LinearFormat:
+    return Made(lambda weight: per_output(weight, 127))
+
+
+@made("int4")
+def _() -> LinearFormat:
+    return Made(int4)
+
+
+@made("eetq")
+def _() -> LinearFormat:
+    return Made(lambda weight: per_output(weight, 128))
+
+
+@made("fp8")
+def _() -> LinearFormat:
+    return Made(float8)
