@@ -40,6 +40,7 @@ class ModelFacts:
     rank_weight_bytes: int
     page_bytes: int  # of the KV cache, over all layers
     page_tokens: int
+    slot_bytes: int  # of one sequence's recurrent state; 0 in a model without
     max_positions: int | None  # None: no limit of its own
 
 
@@ -96,6 +97,7 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1) -> ModelFac
         rank_weight_bytes=rank_bytes,
         page_bytes=token * PAGE_TOKENS * ITEM_BYTES[computed],
         page_tokens=PAGE_TOKENS,
+        slot_bytes=max(sum(shape.bytes(ITEM_BYTES[computed]) for shape in plan.slots) for plan in plans),
         max_positions=model.positions or None,
     )
 

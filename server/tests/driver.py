@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from kvrun.dist import Group
 from kvrun.engine.engine import Engine
+from kvrun.engine.images import Image
 from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
@@ -67,6 +68,7 @@ class Driver:
         self._known: dict[int, int] = {}
         self._wanted: dict[int, int] = {}
         self._pages: dict[int, list[int]] = {}
+        self._memory: dict[int, list[int]] = {}
         self._admit: list[Admit] = []
         self._release: list[int] = []
 
@@ -78,9 +80,14 @@ class Driver:
         sampling: Sampling | None = None,
         adapter: int = 0,
         committed: Sequence[int] = (),
+        images: Sequence[Image] = (),
+        source: Sequence[int] = (),
+        long: bool = False,
     ) -> None:
         """Admit a sequence with the next step; it is released after `count` answer tokens, the committed ones among them."""
-        self._admit.append(Admit(sequence, [*prompt, *committed], len(prompt), sampling or Sampling(), adapter))
+        memory = self._memory[sequence] = [self.free.pop() for _ in range(-(-len(source) // self._page_tokens))]
+        tokens, sampling = [*prompt, *committed], sampling or Sampling()
+        self._admit.append(Admit(sequence, tokens, len(prompt), sampling, adapter, images, source, memory, long))
         self.answers[sequence], self.details[sequence], self.prompts[sequence] = list(committed), [], []
         self._computed[sequence], self._known[sequence], self._pages[sequence] = 0, len(prompt) + len(committed), []
         self._wanted[sequence] = count
@@ -88,7 +95,7 @@ class Driver:
     def release(self, sequence: int) -> None:
         """Forget a sequence with the next step; its pages are free for that very step."""
         self._release.append(sequence)
-        self.free.extend(self._pages.pop(sequence))
+        self.free.extend(self._pages.pop(sequence) + self._memory.pop(sequence))
         del self._wanted[sequence]
 
     @property

@@ -104,7 +104,16 @@ def to_pb(epoch: int, step: Step) -> pb.Step:
         number=step.number,
         release=step.release,
         admit=[
-            pb.Admit(sequence=a.sequence, tokens=a.tokens, prompt_tokens=a.prompt_tokens, sampling=_sampling(a.sampling), adapter=a.adapter)
+            pb.Admit(
+                sequence=a.sequence,
+                tokens=a.tokens,
+                prompt_tokens=a.prompt_tokens,
+                sampling=_sampling(a.sampling),
+                adapter=a.adapter,
+                memory_tokens=a.memory_tokens,
+                memory_pages=a.memory_pages,
+                long=a.long,
+            )
             for a in step.admit
         ],
         rows=[

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from kvrun.engine import images
+from kvrun.engine.images import Chunk
 from kvrun.engine.sequence import Row, Sequence
 from kvrun.lora.table import AdapterTable, Run
-from kvrun.nn.batch import ForwardBatch
+from kvrun.nn.batch import ForwardBatch, MemoryRows, SlotRows
 
 Work = tuple[Row, Sequence]
 
@@ -23,26 +27,95 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
     """Lay the rows' tokens end to end, in the order given. At least one row."""
     counts = np.fromiter((row.tokens for row, _ in work), np.int64, len(work))
     starts = np.fromiter((row.start for row, _ in work), np.int64, len(work))
-    query_start: np.ndarray = np.zeros(len(work) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-
-    page_table: np.ndarray = np.zeros((len(work), max(len(sequence.pages) for _, sequence in work)), np.int32)
-    for row, (_, sequence) in enumerate(work):
-        page_table[row, : len(sequence.pages)] = sequence.pages
-
-    row_of: np.ndarray = np.repeat(np.arange(len(work)), counts)
-    positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
-    slots = page_table[row_of, positions // page_tokens] * page_tokens + positions % page_tokens
+    sequences = [sequence for _, sequence in work]
+    places = _places(starts, counts, [sequence.pages for sequence in sequences], page_tokens)
+    begins = places.query_start.tolist()
+    chunks = [
+        Chunk(first, row.start, row.start + row.tokens, sequence.images)
+        for (row, sequence), first in zip(work, begins)
+        if sequence.images is not None
+    ]
+    spliced, reach = images.splice(chunks, places.positions) if chunks else (None, None)
     return ForwardBatch(
         ids=torch.from_numpy(np.concatenate([_ids(row, sequence) for row, sequence in work])),
-        positions=torch.from_numpy(positions.astype(np.int32)),
-        query_start=torch.from_numpy(query_start),
-        contexts=torch.from_numpy((starts + counts).astype(np.int32)),
-        page_table=torch.from_numpy(page_table),
-        slots=torch.from_numpy(slots.astype(np.int32)),
-        wanted=torch.tensor(_wanted(work, query_start.tolist()), dtype=torch.int64),
-        lora=adapters.batch(_runs(work, query_start.tolist())),
+        **places.tensors(),
+        wanted=torch.tensor(_wanted(work, begins), dtype=torch.int64),
+        lora=adapters.batch(_runs(sequences, begins)),
+        long=_long(sequences, counts),
+        splice=spliced,
+        reach=reach,
+        memory=_memory(sequences, counts),
+        recurrent=_recurrent(sequences, starts),
     )
+
+
+def read(sequences: Items[Sequence], page_tokens: int, adapters: AdapterTable) -> ForwardBatch:
+    """Lay the sources of sequences end to end, in the order given, for an encoder. At least one."""
+    sources = [sequence.source for sequence in sequences if sequence.source is not None]
+    counts = np.fromiter((len(source.ids) for source in sources), np.int64, len(sources))
+    places = _places(np.zeros_like(counts), counts, [source.pages for source in sources], page_tokens)
+    return ForwardBatch(
+        ids=torch.from_numpy(np.concatenate([source.ids for source in sources])),
+        **places.tensors(),
+        wanted=torch.empty(0, dtype=torch.int64),
+        lora=adapters.batch(_runs(sequences, places.query_start.tolist())),
+        reach=_int32(np.repeat(counts - 1, counts)),
+    )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where rows and their tokens lie, by the names of ForwardBatch."""
+
+    query_start: np.ndarray
+    positions: np.ndarray
+    contexts: np.ndarray
+    page_table: np.ndarray
+    slots: np.ndarray
+
+    def tensors(self) -> dict[str, Any]:
+        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
+
+
+def _places(starts: np.ndarray, counts: np.ndarray, pages: Items[np.ndarray], page_tokens: int) -> _Places:
+    query_start: np.ndarray = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    page_table = _table(pages)
+    row_of: np.ndarray = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
+    slots = page_table[row_of, positions // page_tokens] * page_tokens + positions % page_tokens
+    contexts = (starts + counts).astype(np.int32)
+    return _Places(query_start, positions.astype(np.int32), contexts, page_table, slots.astype(np.int32))
+
+
+def _table(pages: Items[np.ndarray]) -> np.ndarray:
+    table: np.ndarray = np.zeros((len(pages), max(map(len, pages))), np.int32)
+    for row, held in enumerate(pages):
+        table[row, : len(held)] = held
+    return table
+
+
+def _memory(sequences: Items[Sequence], counts: np.ndarray) -> MemoryRows | None:
+    sources = [sequence.source for sequence in sequences if sequence.source is not None]
+    if not sources:
+        return None
+    contexts = np.fromiter((len(source.ids) for source in sources), np.int32, len(sources))
+    table = torch.from_numpy(_table([source.pages for source in sources]))
+    return MemoryRows(torch.from_numpy(contexts), table, _int32(np.repeat(contexts - 1, counts)))
+
+
+def _recurrent(sequences: Items[Sequence], starts: np.ndarray) -> SlotRows | None:
+    slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+    return SlotRows(torch.tensor(slots, dtype=torch.int32), torch.from_numpy(starts == 0)) if slots else None
+
+
+def _long(sequences: Items[Sequence], counts: np.ndarray) -> torch.Tensor | None:
+    long = np.fromiter((sequence.long for sequence in sequences), bool, len(sequences))
+    return torch.from_numpy(np.repeat(long, counts)) if long.any() else None
+
+
+def _int32(numbers: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.int32))
 
 
 def judged(row: Row, sequence: Sequence) -> int:
@@ -68,10 +141,10 @@ def _ids(row: Row, sequence: Sequence) -> np.ndarray:
     return np.concatenate([known, np.asarray(row.drafts, np.int64)]) if row.drafts else known
 
 
-def _runs(work: Items[Work], query_start: Items[int]) -> list[Run]:
+def _runs(sequences: Items[Sequence], query_start: Items[int]) -> list[Run]:
     """One run for each stretch of adjacent rows with one adapter."""
     runs: list[Run] = []
-    for index, (_, sequence) in enumerate(work):
+    for index, sequence in enumerate(sequences):
         if sequence.adapter is None:
             continue
         start, stop = query_start[index], query_start[index + 1]

@@ -19,11 +19,12 @@ from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampler import Choice, alternatives, sample
 from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
+from kvrun.engine.source import Source
 from kvrun.errors import ImageError, ProtocolError
 from kvrun.lora.adapter import targets
 from kvrun.lora.table import AdapterTable
 from kvrun.nn.loaded import LoadedModel
-from kvrun.state.pages import KvPages
+from kvrun.state.pool import Pool
 
 # Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
 JUDGED_AT_ONCE = 64
@@ -51,9 +52,10 @@ class Engine:
         self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed)
         self._group = group
         self._budget = budget
-        self._kv: KvPages | None = None
+        self._pool: Pool | None = None
         self._sequences: SequenceTable | None = None
-        budget.pages(0, self.page_bytes, 0)  # a budget that holds no page is an error of the start, not of the first epoch
+        # A budget that holds no page or no state is an error of the start, not of the first epoch.
+        budget.pages(0, self.page_bytes, 0, 1, model.slot_bytes)
         self._limits = (0, 0)  # tokens and rows of one step
         self._number = 0
 
@@ -67,11 +69,15 @@ class Engine:
 
         Every rank must call it alike.
         """
-        kv = self.model.pool(1, self.page_tokens, self.kv_dtype)
-        ids = [0] * min(self.page_tokens, self.model.positions or self.page_tokens)
+        model, pool = self.model, self.model.pool(2, self.page_tokens, self.kv_dtype)
+        ids = [0] * min(self.page_tokens, model.positions or self.page_tokens)
         sequence = Sequence(Admit(0, ids, len(ids), Sampling(), 0), None)
         sequence.append_pages([0])
-        self.model.forward(batches.build([(Row(0, 0, len(ids), [0], True, ()), sequence)], self.page_tokens, self.adapters), kv)
+        sequence.slot = 0 if model.slot_shapes else None
+        if model.encoder is not None:
+            sequence.source = Source(sequence.ids, np.array([1], np.int32))
+            model.encode(batches.read([sequence], self.page_tokens, self.adapters), pool)
+        model.forward(batches.build([(Row(0, 0, len(ids), [0], True, ()), sequence)], self.page_tokens, self.adapters), pool)
 
     def describe(self) -> dict[str, Any]:
         """What was loaded, by the wire's names for it."""
@@ -85,10 +91,13 @@ class Engine:
             "vocabulary": model.vocabulary,
             "vocabulary_limit": model.vocabulary_limit,
             "positions": model.positions,
+            "long_after": model.long_after,
             "end_tokens": list(model.end_tokens),
             "kernels": kvrun_kernels.describe(),
             "page_bytes": self.page_bytes,
             "page_tokens": self.page_tokens,
+            "state_kinds": model.state_kinds,
+            "decoder_start": model.spec.start,
             "weight_bytes": model.weight_bytes,
             "parameters": model.parameters,
             "lora_targets": targets(model.linears, model.decoder.embed),
@@ -103,57 +112,70 @@ class Engine:
         if step_tokens < 1 or sequences < 1:
             raise ProtocolError(f"steps of {step_tokens} tokens and {sequences} rows were reserved; both must be at least 1")
         reach = -(-self.model.positions // self.page_tokens)
-        kv = self._kv
+        pool, slots = self._pool, sequences if self.model.slot_shapes else 0
         # A pool of the size asked for is kept: allocating it again would touch every page of it.
-        if kv is None or (pages and pages != kv.pages):
-            self._kv = kv = None  # before the next one, so that both never exist at once
-            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences)
-            self._kv = kv = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype)
+        if pool is None or pool.slots.slots != slots or (pages and pages != pool.kv.pages):
+            self._pool = pool = None  # before the next one, so that both never exist at once
+            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences, slots, self.model.slot_bytes)
+            self._pool = pool = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype, slots)
         granted = self._budget.adapters(adapter_bytes)
         self.adapters.reset(granted)
         self._limits, self._number = (step_tokens, sequences), 0
         self._sequences = SequenceTable(
-            vocabulary=self.model.vocabulary, pages=kv.pages, page_tokens=self.page_tokens, positions=self.model.positions,
+            vocabulary=self.model.vocabulary,
+            pages=pool.kv.pages,
+            page_tokens=self.page_tokens,
+            positions=self.model.positions,
             sight=self.model.sight,
+            start=self.model.spec.start,
+            slots=slots,
+            long_after=self.model.long_after,
         )
-        return Grant(kv.pages, granted)
+        return Grant(pool.kv.pages, granted)
 
     @torch.inference_mode()
     def step(self, step: Step) -> Outcome:
         """Run one turn. Raises ProtocolError when it breaks a rule, which every rank finds alike before it computes."""
-        if self._sequences is None or self._kv is None:
+        if self._sequences is None or self._pool is None:
             raise ProtocolError("a step came before any pages were reserved")
         if step.number != self._number + 1:
             raise ProtocolError(f"step {step.number} came after step {self._number}")
         self._number = step.number
         for number in step.release:
             self._sequences.release(number)
-        for admit in step.admit:
-            self._sequences.admit(admit, self.adapters.get(admit.adapter))
-        work = self._accept(step.rows)
+        begun = [self._sequences.admit(admit, self.adapters.get(admit.adapter)) for admit in step.admit]
+        work = self._accept(step.rows, begun)
         began = time.perf_counter_ns()
+        self._read(begun)
         self._look(work)
         live = [item for item in work if not item[1].error]
         live = [live[index] for index in batches.by_adapter(live)]
         outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
         logits = None
         if live:
-            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._kv)
+            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._pool)
         computed = time.perf_counter_ns()
         outcomes |= self._choose(live, logits)
         rows = [] if self._group.rank else [outcomes[row.sequence] for row in step.rows]
         return Outcome(step.number, rows, (computed - began) // 1000, (time.perf_counter_ns() - computed) // 1000)
 
-    def _accept(self, rows: Items[Row]) -> list[Work]:
-        """Check a step's rows against the limits and their sequences."""
+    def _accept(self, rows: Items[Row], begun: Items[Sequence]) -> list[Work]:
+        """Check a step's rows and sources against the limits, and rows against their sequences."""
         assert self._sequences is not None
-        tokens = sum(row.tokens for row in rows)
+        tokens = sum(row.tokens for row in rows) + sum(len(sequence.source.ids) for sequence in begun if sequence.source)
         most_tokens, most_rows = self._limits
         if tokens > most_tokens or len(rows) > most_rows:
             raise ProtocolError(f"a step has {tokens} tokens in {len(rows)} rows; {most_tokens} in {most_rows} were reserved")
         if len({row.sequence for row in rows}) < len(rows):
             raise ProtocolError("a step has two rows of one sequence")
         return [(row, self._sequences.advance(row)) for row in rows]
+
+    def _read(self, begun: Items[Sequence]) -> None:
+        """Have the encoder read the sources of new sequences, all at once."""
+        sources = sorted((sequence for sequence in begun if sequence.source), key=lambda sequence: sequence.handle)
+        if sources:
+            assert self._pool is not None
+            self.model.encode(batches.read(sources, self.page_tokens, self.adapters), self._pool)
 
     def _look(self, work: list[Work]) -> None:
         """Encode the images that rows show first. One that cannot be shown fails its sequence and no other."""

@@ -12,20 +12,30 @@ PAGES_SHARE, ADAPTERS_SHARE = 0.5, 0.1
 CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
+# Pages of a model that keeps nothing in them cost nothing; they only bound the tokens that a router plans for.
+FREE_PAGES = 1 << 20
+
+
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes for pages and for adapters on this rank; 0 = a share of what is free, divided among the ranks of this machine."""
+    """Bytes for pages and slots and for adapters on this rank; 0 = a share of what is free, divided among the ranks of this machine."""
 
     kv_cache_bytes: int = 0
     adapter_bytes: int = 0
     ranks: int = 1
 
-    def pages(self, asked: int, page_bytes: int, useful: int) -> int:
-        """Pages to grant: what was asked for, or what the budget holds but no more than could ever be in use.
+    def pages(self, asked: int, page_bytes: int, useful: int, slots: int = 0, slot_bytes: int = 0) -> int:
+        """Pages to grant beside `slots`: what was asked for, or what the budget holds but no more than could ever be in use.
 
         `useful` 0 = no such limit. Raises OutOfMemory when more is asked for than the budget holds, or it holds none.
         """
         budget = self.kv_cache_bytes or int(available_bytes() * PAGES_SHARE / self.ranks)
+        if slots * slot_bytes > budget:
+            cure = f"lower --max-batch-size to {budget // slot_bytes} or less, raise --kv-cache-bytes or free memory"
+            raise OutOfMemory(f"the states of {slots} sequences, {slot_bytes} bytes each, do not fit {budget} bytes; {cure}")
+        if page_bytes == 0:
+            return asked or useful or FREE_PAGES
+        budget -= slots * slot_bytes
         held = budget // page_bytes
         if asked > held or held == 0:
             raise OutOfMemory(f"{asked or 1} pages of {page_bytes} bytes do not fit {budget} bytes; raise --kv-cache-bytes or free memory")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvrun.engine.images import Image, SequenceImages
 from kvrun.engine.sampling import Sampling, TokenLogprob
+from kvrun.engine.source import Source
 from kvrun.errors import ProtocolError
 
 if TYPE_CHECKING:
     from kvrun.lora.adapter import Adapter
+    from kvrun.nn.vision.sight import Sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,10 @@ class Admit:
     prompt_tokens: int
     sampling: Sampling
     adapter: int  # handle, 0 = the base model
+    images: Items[Image] = ()  # in the order of their places
+    memory_tokens: Items[int] = ()  # the source that an encoder reads
+    memory_pages: Items[int] = ()
+    long: bool = False  # it may come to more tokens than the model's `long_after`
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +107,33 @@ class _Growing:
 class Sequence:
     """One sequence: the ids known, how many of them lie in its pages, and how its next token is chosen."""
 
-    __slots__ = ("_ids", "_pages", "adapter", "computed", "error", "handle", "number", "pending_prompt", "prompt_tokens", "sampling")
+    __slots__ = (
+        "_ids",
+        "_pages",
+        "adapter",
+        "computed",
+        "error",
+        "handle",
+        "images",
+        "long",
+        "number",
+        "pending_prompt",
+        "prompt_tokens",
+        "sampling",
+        "slot",
+        "source",
+    )
 
-    def __init__(self, admit: Admit, adapter: Adapter | None) -> None:
+    def __init__(self, admit: Admit, adapter: Adapter | None, images: SequenceImages | None = None) -> None:
         self.number = admit.sequence
         self.prompt_tokens = admit.prompt_tokens
         self.sampling = admit.sampling
         self.handle = admit.adapter
         self.adapter = adapter  # held, so that unloading it never touches a sequence that began with it
+        self.images = images  # None: it has none
+        self.long = admit.long
+        self.source: Source | None = None  # of a model with an encoder
+        self.slot: int | None = None  # of a model that carries a state along
         self.computed: int | None = None  # None until the first row says how much its pages hold already
         self.error = ""  # once set, every later row of this sequence fails with it
         # The prompt token after the last chunk, judged by that chunk's logits, reported with the row that computes it.
@@ -136,21 +163,39 @@ class Sequence:
 class SequenceTable:
     """The sequences of an epoch, by number, and the rules that steps must keep about them."""
 
-    def __init__(self, *, vocabulary: int, pages: int, page_tokens: int, positions: int) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        pages: int,
+        page_tokens: int,
+        positions: int,
+        sight: Sight | None = None,
+        start: int | None = None,
+        slots: int = 0,
+        long_after: int = 0,
+    ) -> None:
         self._sequences: dict[int, Sequence] = {}
         self._vocabulary = vocabulary
         self._pages = pages
         self._page_tokens = page_tokens
         self._positions = positions  # 0 = no limit
+        self._long_after = long_after  # 0 = no sequence is long
+        self._sight = sight  # None: no images are taken
+        self._start = start  # the id that answers begin with after a source; None: sources are not taken
+        self._recurrent = slots > 0
+        self._slots = list(range(slots))  # free ones; the lowest goes first, so that memory no sequence ever used stays untouched
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def release(self, number: int) -> None:
         """Forget a sequence; one that was never admitted is forgotten already."""
-        self._sequences.pop(number, None)
+        sequence = self._sequences.pop(number, None)
+        if sequence is not None and sequence.slot is not None:
+            heapq.heappush(self._slots, sequence.slot)
 
-    def admit(self, admit: Admit, adapter: Adapter | None) -> None:
+    def admit(self, admit: Admit, adapter: Adapter | None) -> Sequence:
         """Begin a sequence with the adapter that its handle stands for. Raises ProtocolError."""
         who = f"admit of sequence {admit.sequence}"
         if admit.sequence in self._sequences:
@@ -162,7 +207,27 @@ class SequenceTable:
         largest = max(max(admit.tokens), admit.sampling.largest_id())
         if largest >= self._vocabulary:
             raise ProtocolError(f"{who}: token id {largest} is not below the vocabulary of {self._vocabulary}")
-        self._sequences[admit.sequence] = Sequence(admit, adapter)
+        try:
+            images = SequenceImages(admit.images, self._sight, admit.prompt_tokens) if admit.images else None
+            sequence = Sequence(admit, adapter, images)
+            sequence.source = self._source(admit)
+        except ProtocolError as error:
+            raise ProtocolError(f"{who}: {error}") from error
+        if self._recurrent:
+            if not self._slots:
+                raise ProtocolError(f"{who}: every slot is taken; as many were reserved as rows of one step")
+            sequence.slot = heapq.heappop(self._slots)
+        self._sequences[admit.sequence] = sequence
+        return sequence
+
+    def _source(self, admit: Admit) -> Source | None:
+        if self._start is None:
+            if admit.memory_tokens:
+                raise ProtocolError("it has a source, and this model has no encoder")
+            return None
+        if admit.tokens[0] != self._start:
+            raise ProtocolError(f"it begins with token {admit.tokens[0]}; answers of this model begin with {self._start}")
+        return Source.of(admit.memory_tokens, admit.memory_pages, self._vocabulary, self._pages, self._page_tokens)
 
     def advance(self, row: Row) -> Sequence:
         """Check one row against its sequence, give it its pages, and return the sequence. Raises ProtocolError."""
@@ -172,6 +237,8 @@ class SequenceTable:
         if sequence.error:
             return sequence
         if sequence.computed is None:
+            if row.start and self._recurrent:
+                self._refuse(row, f"it starts at {row.start}, where no state is kept that it could go on from")
             sequence.computed = row.start
         known, end, drafts = len(sequence.ids), row.start + row.tokens, len(row.drafts)
         if row.start != sequence.computed:
@@ -182,8 +249,12 @@ class SequenceTable:
             self._refuse(row, f"it samples after token {end - drafts}, but {known} are known")
         if drafts and (not row.sample or row.tokens <= drafts or max(row.drafts) >= self._vocabulary):
             self._refuse(row, f"its {drafts} drafts need sample=true, a known token before them and ids below {self._vocabulary}")
+        if drafts and self._recurrent:
+            self._refuse(row, f"its {drafts} drafts could not be taken back from a recurrent state")
         if self._positions and end > self._positions:
             self._refuse(row, f"it reaches position {end}, past the model's {self._positions}")
+        if 0 < self._long_after < end and not sequence.long:
+            self._refuse(row, f"it reaches position {end}, past {self._long_after}, and was not admitted as long")
         if row.pages:
             if max(row.pages) >= self._pages:
                 self._refuse(row, f"page {max(row.pages)} is not below the {self._pages} reserved")

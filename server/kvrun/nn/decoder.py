@@ -36,7 +36,7 @@ class Decoder:
         rows, slots, recurrent = batch.recurrent, pool.slots, None
         if rows is not None:
             recurrent = RecurrentStep(batch.query_start, rows.slots, rows.fresh, slots.layers)
-        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.pages), batch.lora, recurrent, batch.long)
+        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.kv), batch.lora, recurrent, batch.long)
         x = self.embed(batch.ids, step)
         if batch.splice is not None:
             x[batch.splice.tokens] = batch.splice.rows

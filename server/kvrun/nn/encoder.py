@@ -25,7 +25,7 @@ class Encoder:
 
     def forward(self, batch: ForwardBatch, pool: Pool) -> None:
         """Read the batch's sources, whole ones only, and leave the readers' keys and values in their pages."""
-        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.pages), batch.lora)
+        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.kv), batch.lora)
         x = self.embed(batch.ids, step)
         for residual in self.residuals:
             residual(x, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from kvrun import errors
+from kvrun.engine.images import Image
 from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
@@ -55,7 +56,9 @@ def to_admit(message: pb.Admit) -> Admit:
         top_logprobs=s.top_logprobs,
         prompt_logprobs=s.prompt_logprobs,
     )
-    return Admit(message.sequence, list(message.tokens), message.prompt_tokens, sampling, message.adapter)
+    images = [Image(image.data, image.at, image.tokens) for image in message.images]
+    source = list(message.memory_tokens), list(message.memory_pages)
+    return Admit(message.sequence, list(message.tokens), message.prompt_tokens, sampling, message.adapter, images, *source, message.long)
 
 
 def from_outcome(epoch: int, outcome: Outcome, compute_us: int) -> pb.Outcome:

@@ -69,7 +69,7 @@ class ModelShard(rpc.ModelShardServicer):
         """What this rank loaded."""
         engine, me = self._ready(context), self._identity
         return pb.Description(
-            model_id=me.model_id, rank=me.rank, world=me.world, quantize=me.quantize, state_kinds=["pages"], **engine.describe()
+            model_id=me.model_id, rank=me.rank, world=me.world, quantize=me.quantize, **engine.describe()
         )
 
     def Reserve(self, request: pb.ReserveRequest, context: grpc.ServicerContext) -> pb.Reservation:

@@ -12,10 +12,10 @@ from kvrun.state.slots import Slots
 class Pool:
     """Pages for what grows with a sequence, slots for what does not; a model may keep either or both."""
 
-    pages: KvPages
+    kv: KvPages
     slots: Slots
 
     @property
     def bytes(self) -> int:
         """Bytes of all of it."""
-        return self.pages.bytes + self.slots.bytes
+        return self.kv.bytes + self.slots.bytes

@@ -14,32 +14,41 @@ from kvrun.nn.mixers.mamba import Convolution, convolution
 from kvrun.nn.parts import Parts, build_mixer
 from kvrun.nn.step import ForwardStep
 from kvrun.spec import Mamba2 as SpecMamba2
-from kvrun.weights.split import Span
 
 
 @dataclass(frozen=True)
 class GroupNorm:
-    """x / rms(x) * weight for each group by itself; ranks that hold parts of one group add up their squares."""
+    """x / rms(x) * weight for each group by itself, all of them on this rank."""
 
     weight: Tensor  # [channels] of this rank
+    width: int  # channels of a group
     eps: float
-    groups: Span  # of this rank
-    width: int  # channels of a whole group
-    all_groups: int
-    divided: bool  # whether some rank holds a part of a group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, channels] -> a new [T, channels]"""
+        scaled = ops.rms_norm(x.view(-1, self.width), torch.ones(self.width, dtype=x.dtype), self.eps)
+        return scaled.view(x.shape) * self.weight
+
+
+@dataclass(frozen=True)
+class DividedGroupNorm:
+    """The same for a part of one group, whose other parts are on other ranks: they add up their squares."""
+
+    weight: Tensor  # [channels] of this rank
+    width: int  # channels of the whole group
+    eps: float
+    number: int  # of the group
+    groups: int  # of all ranks
     group: Group
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, channels] -> a new [T, channels]"""
-        first, end = self.groups
-        wide = x.float().view(len(x), end - first, -1)
-        squares = wide.square().sum(-1)
-        if self.divided:
-            shared = torch.zeros(len(x), self.all_groups)
-            shared[:, first:end] = squares
-            squares = self.group.all_reduce(shared)[:, first:end]
-        scaled = wide * torch.rsqrt(squares / self.width + self.eps).unsqueeze(-1)
-        return (scaled.view(x.shape) * self.weight).to(x.dtype)
+        wide = x.float()
+        squares = torch.zeros(len(x), self.groups)
+        # A running sum adds in one order; torch's plain sum adds in another for another number of rows.
+        squares[:, self.number] = wide.square().cumsum(dim=1)[:, -1]
+        total = self.group.all_reduce(squares)[:, self.number : self.number + 1]
+        return (wide * torch.rsqrt(total / self.width + self.eps)).to(x.dtype) * self.weight
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Mamba2:
     skip: Tensor  # [heads] float32
     least: float
     most: float
-    norm: GroupNorm
+    norm: GroupNorm | DividedGroupNorm
     out: Linear
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
@@ -80,9 +89,11 @@ class Mamba2:
 @build_mixer.register
 def _(mixer: SpecMamba2, parts: Parts) -> Mamba2:
     conv, state = parts.shared.slot_layers(parts.slots)
-    split, group, tables = parts.shared.split, parts.shared.group, parts.tables
+    split, tables = parts.shared.split, parts.tables
     share = split.heads(mixer.heads, mixer.groups)
-    width, divided = mixer.heads // mixer.groups * mixer.head_dim, split.world > mixer.groups
+    norm: GroupNorm | DividedGroupNorm = GroupNorm(tables["norm"], mixer.heads // mixer.groups * mixer.head_dim, mixer.eps)
+    if split.world > mixer.groups:
+        norm = DividedGroupNorm(norm.weight, norm.width, norm.eps, share.kv[0], mixer.groups, parts.shared.group)
     return Mamba2(
         layer=state,
         heads=share.heads,
@@ -96,6 +107,6 @@ def _(mixer: SpecMamba2, parts: Parts) -> Mamba2:
         skip=tables["skip"],
         least=mixer.least,
         most=mixer.most,
-        norm=GroupNorm(tables["norm"].float(), mixer.eps, share.kv, width, mixer.groups, divided, group),
+        norm=norm,
         out=parts.linears["out"],
     )
