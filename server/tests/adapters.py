@@ -79,9 +79,13 @@ def _everything(model: torch.nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     refused = ("out_proj",) if "mamba" in model.config.model_type else ("\0",)  # by peft itself
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linears = [name for name, module in model.named_modules() if type(module) in (torch.nn.Linear, Conv1D)]
     found = [name for name in linears if not name.endswith(refused)]
-    return [*found, next(name for name, module in model.named_modules() if module is model.get_input_embeddings())]
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    if hasattr(model.config, "vision_config"):  # of a model that sees, its language model and the head
+        inner = embedding.removesuffix("embed_tokens")
+        found = [name for name in found if name.startswith(inner) or name == "lm_head"]
+    return [*found, embedding]
 
 
 def edit_config(folder: Path, **fields: object) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tiny.row import LLAMA, VOCABULARY, Row, Tensors
+from tiny.row import LLAMA, VOCABULARY, Row
 
 SIDE, PATCH = 16, 4  # pixels of a tile and of a patch
 GRIDS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
@@ -42,16 +42,11 @@ def processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def as_published(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    """The image encoder's tensors one name deeper, as those of all published checkpoints lie."""
-    return config, {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
-
-
 SEEING = {"auto": "AutoModelForImageTextToText", "adjust": visible}
 OWN = {"specials": ("<image>",), "prepare": processor, "architecture": "LlavaNextForConditionalGeneration"}
 
 ROWS = {
-    "llava_next": Row("llava_next", LLAVA, published=as_published, **SEEING, **OWN),
+    "llava_next": Row("llava_next", LLAVA, **SEEING, **OWN),
     "llava_next_llama": Row(
         "llava_next",
         {**LLAVA, "text_config": {**TEXT, "model_type": "llama"}, "vision_feature_layer": -1, "multimodal_projector_bias": False},

@@ -1,0 +1,283 @@
+"""Images among text: logits equal transformers', however prompts are cut and batched, and a broken image fails alone."""
+
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from driver import PAGE_TOKENS, Driver, Ranks
+from kvrun.engine.images import Image as Shown
+from kvrun.engine.sampling import Sampling
+from kvrun.engine.sequence import Admit, Row, Step
+from kvrun.errors import ProtocolError
+from kvrun.nn.loaded import LoadedModel
+from kvrun.nn.vision.sight import Sight
+from kvrun.rpc.pb import model_shard_pb2 as pb
+from kvrun.vision.tiles import Size, count
+from pictures import Oracle, bomb, picture, pillow, prompt
+
+ROWS = ("llava_next", "llava_next_llama", "idefics2", "idefics2_whole", "gemma3_image")
+CLOSE = 5e-4  # of the logits' standard deviation
+TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
+PUBLISHED_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+COUNTED = Path(__file__).resolve().parents[2] / "router" / "tests" / "data" / "anyres.json"
+ALL = Sampling(prompt_logprobs=True)  # so that the engine asks for the logits of every prompt token
+
+WIDE, TALL = picture(61, 17, seed=1), picture(23, 40, seed=2, kind="JPEG")
+CLEAR, GREY = picture(20, 20, seed=3, mode="RGBA"), picture(9, 30, seed=4, mode="L")
+
+
+def text(count: int, seed: int) -> list[int]:
+    """Random ids without specials."""
+    return torch.randint(3, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PARTS = {
+    "one image": [text(5, 1), WIDE, text(9, 2)],
+    "one at the very beginning": [TALL, text(4, 3)],
+    "two of different sizes": [text(3, 4), WIDE, text(2, 5), TALL, text(6, 6)],
+    "two beside each other": [text(7, 7), CLEAR, GREY, text(3, 8)],
+    "none": [text(21, 9)],
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint):
+    """row -> transformers' side of it."""
+    return cache(lambda row: Oracle(checkpoint(row)))
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """The logits of every forward pass, as rank 0 has them."""
+    passes: list[torch.Tensor] = []
+    forward = LoadedModel.forward
+
+    def listen(self, batch, pool):
+        logits = forward(self, batch, pool)
+        if logits is not None:
+            passes.append(logits)
+        return logits
+
+    monkeypatch.setattr(LoadedModel, "forward", listen)
+    return passes
+
+
+def expected(oracle: Oracle, tokens: list[int], parts: list) -> torch.Tensor:
+    return oracle.logits(tokens, [part for part in parts if isinstance(part, bytes)])
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((logits - reference).abs().max() / reference.std()).item()
+
+
+def logits_of(ranks: Ranks, prompts: list, heard: list, chunk: int = 512) -> list[torch.Tensor]:
+    """The logits of every token of prompts that run together, each in chunks."""
+    driver = Driver(ranks.step)
+    for sequence, (tokens, images) in enumerate(prompts):
+        driver.add(sequence, tokens, 1, ALL, images=images)
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    while driver.running:
+        heard.clear()
+        rows = [driver.row(sequence, chunk) for sequence in driver.running]
+        driver.turn(rows)
+        assert not driver.errors
+        for row, part in zip(rows, heard[0].split([row.tokens for row in rows])):
+            found[row.sequence].append(part)
+    return [torch.cat(parts) for parts in found]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_of_text_and_images_in_one_batch_equal_transformers(row, world, engines, oracle, heard):
+    ranks = engines(row, world)
+    prompts = [prompt(ranks.engines[0].model.spec.images, parts) for parts in PARTS.values()]
+    for (tokens, _), parts, logits in zip(prompts, PARTS.values(), logits_of(ranks, prompts, heard)):
+        assert distance(logits, expected(oracle(row), tokens, parts)) < CLOSE
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+@pytest.mark.parametrize("row", ["llava_next", "idefics2"])
+def test_chunks_may_end_anywhere_in_an_image(row, chunk, engines, oracle, heard):
+    ranks = engines(row)
+    prompts = [prompt(ranks.engines[0].model.spec.images, parts) for parts in PARTS.values()]
+    for (tokens, _), parts, logits in zip(prompts, PARTS.values(), logits_of(ranks, prompts, heard, chunk)):
+        assert distance(logits, expected(oracle(row), tokens, parts)) < CLOSE
+
+
+@pytest.mark.parametrize("size", [(1, 70), (70, 1), (2, 2), (16, 16), (33, 47), (200, 31)])
+@pytest.mark.parametrize("row", ["llava_next", "idefics2_whole", "gemma3_image"])
+def test_features_of_odd_shapes_equal_transformers(row, size, engines, oracle):
+    data, other = picture(*size, seed=7), oracle(row)
+    ours = engines(row).engines[0].model.sight.features(data)
+    seen = other.processor(images=pillow(data), return_tensors="pt", do_convert_rgb=True)
+    seen.pop("num_crops", None)
+    with torch.inference_mode():
+        theirs = torch.cat([part.flatten(0, -2) for part in other.model.model.get_image_features(**seen).pooler_output])
+    assert distance(ours, theirs) < CLOSE
+
+
+@pytest.mark.parametrize("row", ["llava_next", "idefics2", "gemma3_image"])
+def test_an_answer_goes_on_behind_its_image_and_beside_other_rows(row, engines, oracle):
+    ranks = engines(row)
+    driver, spec = Driver(ranks.step), ranks.engines[0].model.spec.images
+    prompts = {key: prompt(spec, parts) for key, parts in PARTS.items()}
+    for sequence, (tokens, images) in enumerate(prompts.values()):
+        # transformers takes every id that stands for an image to be one, so none may be sampled.
+        driver.add(sequence, tokens, 12, Sampling(suppressed=(spec.token,), suppressed_until=12), images=images)
+        driver.turn()  # each joins rows that are already answering
+    driver.run()
+    for sequence, (key, (tokens, _)) in enumerate(prompts.items()):
+        answer = driver.answers[sequence][:12]
+        logits = expected(oracle(row), tokens + answer, PARTS[key])[len(tokens) - 1 : -1]
+        likeliest = logits.index_fill(1, torch.tensor([spec.token]), -math.inf).max(-1).values
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert ((likeliest - chosen) / logits.std()).max() < TIE
+
+
+def test_the_tokens_of_an_image_must_be_computed_together_where_they_see_each_other(engines):
+    ranks = engines("gemma3_image")
+    tokens, images = prompt(ranks.engines[0].model.spec.images, [text(3, 1), WIDE, text(3, 2)])
+    driver = Driver(ranks.step)
+    driver.add(0, tokens, 1, images=images)
+    with pytest.raises(ProtocolError, match="cut an image at 3 to 18, whose tokens see each other"):
+        driver.turn(chunk=9)
+
+
+def test_an_image_is_encoded_once_and_its_features_go_when_its_last_id_is_computed(engines, monkeypatch):
+    ranks, read = engines("llava_next"), []
+    features = Sight.features
+    monkeypatch.setattr(Sight, "features", lambda self, data: read.append(data) or features(self, data))
+    tokens, images = prompt(ranks.engines[0].model.spec.images, [text(3, 1), WIDE, text(30, 2), TALL])
+    driver = Driver(ranks.step)
+    driver.add(0, tokens, 4, images=images)
+    held = []
+    while driver.running:
+        driver.turn(chunk=10)
+        sequence = ranks.engines[0]._sequences._sequences.get(0)
+        held.append(len(sequence.images._features))
+    assert read == [WIDE, TALL]
+    assert set(held) == {0, 1} and held[-1] == 0
+
+
+def test_an_image_whose_pages_another_sequence_filled_is_not_encoded_again(engines, monkeypatch):
+    ranks = engines("llava_next")
+    tokens, images = prompt(ranks.engines[0].model.spec.images, [WIDE, text(22, 2)])
+    driver = Driver(ranks.step)
+    driver.add(0, tokens, 8, images=images)
+    driver.turn()
+    monkeypatch.setattr(Sight, "features", lambda self, data: pytest.fail("encoded again"))
+    shared = driver._pages[0][: len(tokens) // PAGE_TOKENS]
+    begin, own = len(shared) * PAGE_TOKENS, [driver.free.pop() for _ in range(2)]
+    again = Step(
+        2, [], [Admit(1, tokens, len(tokens), Sampling(), 0, images)], [Row(1, begin, len(tokens) - begin, [*shared, *own], True, [])]
+    )
+    assert [token.id for token in ranks.step(again).rows[0].tokens] == driver.answers[0][:1]
+
+
+BROKEN = {
+    "no image": (b"<svg></svg>", "none of PNG, JPEG, WEBP, GIF"),
+    "nothing": (b"", "none of PNG, JPEG, WEBP, GIF"),
+    "cut short": (picture(40, 40, seed=5, kind="JPEG")[:-300], "cannot be read"),
+    "a bomb": (bomb(40_000, 40_000), "pixels"),
+}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_image_fails_its_own_sequence_only(broken, world, engines):
+    ranks, (data, message) = engines("llava_next", world), BROKEN[broken]
+    spec = ranks.engines[0].model.spec.images
+    tokens, images = prompt(spec, [text(4, 1), WIDE, text(3, 2)])
+
+    def run(with_broken: bool) -> Driver:
+        ranks.reserve()
+        driver = Driver(ranks.step)
+        driver.add(0, tokens, 6, images=images)
+        driver.add(1, text(9, 3), 6)
+        if with_broken:
+            driver.add(2, tokens, 6, images=[Shown(data, images[0].at, images[0].tokens)])
+        driver.run()
+        return driver
+
+    healthy, shared = run(with_broken=False), run(with_broken=True)
+    assert shared.errors.keys() == {2} and message in shared.errors[2] and shared.errors[2].startswith("bad_image: ")
+    assert {i: shared.answers[i] for i in (0, 1)} == healthy.answers
+
+
+def test_a_place_that_was_counted_otherwise_fails_its_sequence(engines):
+    ranks = engines("llava_next")
+    tokens, images = prompt(ranks.engines[0].model.spec.images, [WIDE, text(4, 1)])
+    driver = Driver(ranks.step)
+    driver.add(0, tokens[1:], 1, images=[Shown(WIDE, 0, images[0].tokens - 1)])
+    driver.run()
+    assert "counted as" in driver.errors[0]
+
+
+WRONG = {
+    "this model takes none": ("llama", [Shown(WIDE, 0, 2)]),
+    "follow each other": ("llava_next", [Shown(WIDE, 2, 3), Shown(TALL, 4, 1)]),
+    "within the 5 tokens": ("llava_next", [Shown(WIDE, 2, 4)]),
+}
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_an_admit_that_breaks_a_rule_is_refused(rule, engines):
+    row, images = WRONG[rule]
+    with pytest.raises(ProtocolError, match=rule):
+        engines(row).step(Step(1, [], [Admit(1, [5] * 5, 5, Sampling(), 0, images)], []))
+
+
+def transformers_count(height: int, width: int, grids: list, side: int, patch: int) -> int:
+    """Placeholders for an image by transformers' processor of LLaVA-NeXT."""
+    from transformers import LlavaNextProcessor
+
+    class Processor:
+        image_processor = SimpleNamespace(image_grid_pinpoints=grids)
+        patch_size, num_additional_image_tokens = patch, 1
+        _get_unpadded_features = LlavaNextProcessor._get_unpadded_features
+
+    return LlavaNextProcessor._get_number_of_features(Processor(), height, width, side, side) - 1
+
+
+def sizes(count: int, seed: int) -> list[tuple[int, int]]:
+    """Heights and widths of every magnitude, and some that divide evenly or not at all."""
+    random = np.random.default_rng(seed)
+    drawn = (2 ** random.uniform(0, 12.5, (count, 2))).astype(int).tolist()
+    fixed = [(336, 336), (672, 672), (336, 1008), (40, 70), (1, 1), (1, 4000), (4000, 1), (480, 640), (1920, 1080), (333, 1000)]
+    return fixed + [(height, width) for height, width in drawn]
+
+
+def test_images_are_counted_as_transformers_counts_them():
+    for height, width in sizes(200, seed=0):
+        assert count(Size(height, width), 336, 24, PUBLISHED_GRIDS) == transformers_count(height, width, PUBLISHED_GRIDS, 336, 14)
+
+
+def test_the_numbers_that_the_router_is_tested_with_are_transformers_own():
+    counted = [[height, width, transformers_count(height, width, PUBLISHED_GRIDS, 336, 14)] for height, width in sizes(50, seed=1)]
+    if os.environ.get("KVRUN_UPDATE_SNAPSHOTS"):
+        COUNTED.write_text("[\n" + ",\n".join(f"  {json.dumps(line)}" for line in counted) + "\n]\n")
+    assert json.loads(COUNTED.read_text()) == counted
+
+
+@pytest.mark.parametrize("row", ["llava_next", "idefics2", "gemma3_image"])
+def test_the_published_rule_is_a_message_of_the_wire(row, engines):
+    engine = engines(row).engines[0]
+    rule = pb.Description(**engine.describe()).images
+    spec = engine.model.spec.images
+    assert (rule.marker, rule.token, rule.together) == (spec.marker, spec.token, row == "gemma3_image")
+    if row == "llava_next":
+        assert rule.WhichOneof("layout") == "tiled"
+        assert (rule.tiled.tile_pixels, rule.tiled.tile_tokens, len(rule.tiled.grids)) == (16, 4, 5)
+        assert (rule.tiled.grids[0].height, rule.tiled.grids[0].width) == (16, 32)
+    else:
+        assert list(rule.fixed.ids).count(rule.token) == {"idefics2": 25, "gemma3_image": 9}[row]
+
+
+def test_models_of_text_publish_no_rule(engines):
+    assert not pb.Description(**engines("llama").engines[0].describe()).HasField("images")
