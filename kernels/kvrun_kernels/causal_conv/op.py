@@ -4,10 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+
 SCHEMA = (
     "causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor query_start, Tensor slots, Tensor fresh, "
     "Tensor(a!) state, str? act=None) -> Tensor"
 )
+
+_kernel = Kernel("causal_conv", "pppp pppp iiii iii iii")
 
 
 def reference(
@@ -57,7 +61,20 @@ def causal_conv(
     A row's result is the same to the bit however the prompt is chunked and whatever else is in the batch.
     """
     _check(x, weight, state, act)
-    return reference(x, weight, bias, query_start, slots, fresh, state, act)
+    run = _kernel.run
+    native = on_cpu(x, weight, state, bias) and weight.is_contiguous() and state.is_contiguous() and fresh.dtype == torch.bool
+    native = native and query_start.dtype == slots.dtype == torch.int32 and (bias is None or bias.dtype == weight.dtype)
+    if run is None or not native:
+        return reference(x, weight, bias, query_start, slots, fresh, state, act)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    run(
+        out.data_ptr(), x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+        state.data_ptr(), query_start.data_ptr(), slots.data_ptr(), fresh.data_ptr(),
+        x.shape[0], slots.shape[0], state.shape[0], weight.shape[0],
+        weight.shape[1], x.stride(0), act is not None,
+        DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[state.dtype],
+    )  # fmt: skip
+    return out
 
 
 def _check(x: Tensor, weight: Tensor, state: Tensor, act: str | None) -> None:

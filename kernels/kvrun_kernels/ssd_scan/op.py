@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+
 SCHEMA = (
     "ssd_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor d, Tensor dt_bias, Tensor query_start, "
     "Tensor slots, Tensor fresh, Tensor(a!) state, Tensor? z=None, *, float least=0.0, float most=inf) -> Tensor"
 )
+
+_kernel = Kernel("ssd_scan", "pppppp ppp pppp iii iiii iiiii ff iii")
 
 
 def reference(
@@ -81,4 +85,21 @@ def ssd_scan(
         )
     if heads % b.shape[1]:
         raise ValueError(f"{heads} heads over {b.shape[1]} groups; the first must be a multiple of the second")
-    return reference(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z, least=least, most=most)
+    tables, run = (a, d, dt_bias, state), _kernel.run
+    native = on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
+    native = native and all(t.dtype == torch.float32 and t.is_contiguous() for t in tables)
+    native = native and all(t is None or t.stride(1) == t.shape[2] for t in (x, z, b, c))
+    native = native and query_start.dtype == slots.dtype == torch.int32 and fresh.dtype == torch.bool
+    if run is None or not native:
+        return reference(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z, least=least, most=most)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    run(
+        out.data_ptr(), x.data_ptr(), dt.data_ptr(), None if z is None else z.data_ptr(), b.data_ptr(), c.data_ptr(),
+        a.data_ptr(), d.data_ptr(), dt_bias.data_ptr(),
+        state.data_ptr(), query_start.data_ptr(), slots.data_ptr(), fresh.data_ptr(),
+        x.shape[0], slots.shape[0], state.shape[0],
+        heads, dim, b.shape[1], size,
+        x.stride(0), dt.stride(0), 0 if z is None else z.stride(0), b.stride(0), c.stride(0), least, most,
+        DTYPES[x.dtype], DTYPES[dt.dtype], DTYPES[b.dtype],
+    )  # fmt: skip
+    return out
