@@ -294,7 +294,9 @@ fn read_keys(list: &str, file: &Option<PathBuf>, flag: &str) -> Result<Keys, Con
         None => String::new(),
     };
     if file.is_some() && Keys::new(text.lines()).is_open() {
-        return Err(ConfigError(format!("{flag} holds no key; write one per line")));
+        return Err(ConfigError(format!(
+            "{flag} holds no key; write one per line"
+        )));
     }
     Ok(Keys::new(list.split(',').chain(text.lines())))
 }

@@ -80,6 +80,12 @@ pub const REPLAYED_REQUESTS: &str = "kvrun_replayed_requests_total";
 pub const PREEMPTIONS: &str = "kvrun_preemptions_total";
 /// Rows that the shard failed alone.
 pub const FAILED_ROWS: &str = "kvrun_failed_rows_total";
+/// Requests given up because the model process died of them, or of ones that ask the same.
+pub const POISON: &str = "kvrun_poison_total";
+/// Seconds between receiving an outcome and sending the next step: the router's own time between tokens.
+pub const ROUTER_GAP: &str = "kvrun_router_gap_seconds";
+/// Seconds of a step that were neither the shard's nor the router's turn: wire and wake-ups.
+pub const STEP_TRANSPORT: &str = "kvrun_step_transport_seconds";
 /// Seconds since the last outcome while work exists.
 pub const PROGRESS_AGE: &str = "kvrun_progress_age_seconds";
 /// Requests without a valid key.
@@ -91,6 +97,11 @@ const LABELLED_ADAPTERS: usize = 64;
 const SECONDS: [f64; 24] = [
     0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1,
     0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0,
+];
+/// Parts of one step: 5 µs to 50 ms, finest around the tenth of a millisecond that the router may take.
+const WITHIN_A_STEP: [f64; 24] = [
+    5e-6, 7.5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7.5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4,
+    5e-4, 7.5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 ];
 const TOKENS: [f64; 14] = [
     1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 32768.0,
@@ -119,6 +130,7 @@ fn builder() -> PrometheusBuilder {
     ];
     let tokens =
         [GENERATED_TOKENS, INPUT_LENGTH, MAX_NEW_TOKENS].map(|name| Matcher::Full(name.into()));
+    let within_a_step = [ROUTER_GAP, STEP_TRANSPORT].map(|name| Matcher::Full(name.into()));
     let with = |builder: PrometheusBuilder, matcher: Matcher, buckets: &[f64]| {
         builder
             .set_buckets_for_metric(matcher, buckets)
@@ -129,6 +141,9 @@ fn builder() -> PrometheusBuilder {
         .fold(PrometheusBuilder::new(), |builder, matcher| {
             with(builder, matcher, &SECONDS)
         });
+    let builder = within_a_step.into_iter().fold(builder, |builder, matcher| {
+        with(builder, matcher, &WITHIN_A_STEP)
+    });
     tokens
         .into_iter()
         .fold(builder, |builder, matcher| with(builder, matcher, &TOKENS))
@@ -161,6 +176,10 @@ fn describe() {
             "Requests whose pages were taken back under pressure.",
         ),
         (FAILED_ROWS, "Rows that the shard failed alone."),
+        (
+            POISON,
+            "Requests given up because the model process died of them.",
+        ),
         (AUTH_FAILURES, "Requests without a valid key."),
     ] {
         describe_counter!(name, text);
@@ -207,6 +226,14 @@ fn describe() {
             "Seconds from the first scheduled row to the end.",
         ),
         (TOKEN_DURATION, "Seconds of inference per generated token."),
+        (
+            ROUTER_GAP,
+            "Seconds between receiving an outcome and sending the next step.",
+        ),
+        (
+            STEP_TRANSPORT,
+            "Seconds of a step that were neither the shard's nor the router's.",
+        ),
         (GENERATED_TOKENS, "Tokens of an answer."),
         (INPUT_LENGTH, "Tokens of a prompt."),
         (
@@ -220,6 +247,7 @@ fn describe() {
     counter!(STREAMS_WITHOUT_TERMINAL).absolute(0);
     counter!(REPLAYED_REQUESTS).increment(0);
     counter!(AUTH_FAILURES).absolute(0);
+    counter!(POISON).increment(0);
     counter!(PREFIX_HIT_TOKENS).increment(0);
 }
 

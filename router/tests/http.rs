@@ -220,8 +220,7 @@ async fn a_stop_string_ends_whole_and_streamed_answers_alike_and_only_openai_s_l
     let last = events.last().unwrap();
     assert_eq!(last["generated_text"], expected);
     assert_eq!(last["details"]["finish_reason"], "stop_sequence");
-    let mut body =
-        json!({"model": "tgi", "prompt": "stop", "max_tokens": 40, "temperature": 0.0, "stop": [stop]});
+    let mut body = json!({"model": "tgi", "prompt": "stop", "max_tokens": 40, "temperature": 0.0, "stop": [stop]});
     let (_, answer) = server.ask("/v1/completions", body.clone()).await;
     assert_eq!(answer["choices"][0]["text"], cut);
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");

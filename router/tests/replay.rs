@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use kvrun_fake_shard::{Fault, Mark};
 use kvrun_router::engine::Control;
-use kvrun_router::request::{Failure, ValidRequest};
+use kvrun_router::request::{Failure, Refusal, ValidRequest};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::{Bench, End, ask, request, start};
@@ -163,8 +163,8 @@ async fn a_poisonous_request_is_given_up_and_the_others_go_on() {
     let good = jobs(&bench, 6);
     let mut poison = request(99, 20, 20);
     poison.prompt = poison.prompt.iter().copied().chain([POISON]).collect();
-    let engine = bench.engine.clone();
-    let culprit = tokio::spawn(async move { ask(&engine, poison).await });
+    let (engine, asked) = (bench.engine.clone(), poison.clone());
+    let culprit = tokio::spawn(async move { ask(&engine, asked).await });
     let (engine, requests) = (
         bench.engine.clone(),
         good.iter().map(|(r, _)| r.clone()).collect::<Vec<_>>(),
@@ -181,14 +181,27 @@ async fn a_poisonous_request_is_given_up_and_the_others_go_on() {
     }
     let (ids, end) = culprit.await.unwrap();
     assert!(ids.is_empty());
-    assert!(
-        matches!(end, End::Failed(Failure::Unavailable(_))),
-        "{end:?}"
-    );
+    assert_eq!(end, End::Failed(Failure::Deadly));
     assert_eq!(deaths, 3);
     for ((request, name), (ids, _)) in good.iter().zip(others.await.unwrap()) {
         assert_eq!(ids, bench.alone(request, *name));
     }
+    let mut harmless = poison.clone();
+    harmless.prompt = poison.prompt[..20].into();
+    assert_eq!(
+        ask(&bench.engine, harmless.clone()).await.0,
+        bench.alone(&harmless, None)
+    );
+    // The same from somebody else with another seed and another length.
+    poison.sampling.seed += 1;
+    poison.tenant = "somebody else".into();
+    poison.max_new_tokens += 1;
+    let refused = bench.engine.submit(poison).await.err();
+    assert!(
+        matches!(refused, Some(Refusal::Quarantined { remaining }) if remaining > Duration::from_secs(500)),
+        "{refused:?}"
+    );
+    assert!(bench.shards[0].alive());
     bench.assert_all_returned().await;
 }
 

@@ -98,7 +98,11 @@ async fn every_route_but_the_health_checks_needs_a_key() {
 /// Routes that change what is served, as method, path and body.
 fn administration() -> [(&'static str, &'static str, Value); 5] {
     [
-        ("POST", "/v1/adapters", json!({"name": "cold", "path": "cold"})),
+        (
+            "POST",
+            "/v1/adapters",
+            json!({"name": "cold", "path": "cold"}),
+        ),
         ("POST", "/v1/adapters/cold/pin", json!({})),
         ("POST", "/v1/adapters/cold/unpin", json!({})),
         ("DELETE", "/v1/adapters/cold", json!({})),
@@ -117,7 +121,10 @@ async fn where_there_is_an_admin_key_others_change_no_adapter() {
         .await;
         let ask = async |key: Option<&str>, method: &str, path: &str, body: &Value| {
             let url = format!("{}{path}", server.url);
-            let request = server.client.request(method.parse().unwrap(), url).json(body);
+            let request = server
+                .client
+                .request(method.parse().unwrap(), url)
+                .json(body);
             let request = match key {
                 Some(key) => request.bearer_auth(key),
                 None => request,
@@ -126,7 +133,11 @@ async fn where_there_is_an_admin_key_others_change_no_adapter() {
         };
         for (method, path, body) in administration() {
             let plain = if open { 401 } else { 403 };
-            assert_eq!(ask(Some("plain"), method, path, &body).await, plain, "{path}");
+            assert_eq!(
+                ask(Some("plain"), method, path, &body).await,
+                plain,
+                "{path}"
+            );
             assert_eq!(ask(None, method, path, &body).await, 401, "{path}");
             assert_eq!(ask(Some("boss"), method, path, &body).await, 200, "{path}");
         }

@@ -91,7 +91,9 @@ pub async fn authenticate(
     let known = keys.tenant(request.headers()).or(admin);
     let anyone = || keys.is_open().then(|| "anonymous".into());
     let Some(tenant) = known.or_else(anyone) else {
-        return Err(stranger("no valid API key; send `Authorization: Bearer KEY`"));
+        return Err(stranger(
+            "no valid API key; send `Authorization: Bearer KEY`",
+        ));
     };
     let arrived = Instant::now();
     let caller = Caller {
