@@ -20,14 +20,18 @@ PAGE_TOKENS, PAGES, STEP_TOKENS, SEQUENCES = 4, 600, 512, 64
 class Ranks:
     """The engines of one group, each on a thread of its own, given the same calls; rank 0 answers."""
 
-    def __init__(self, folder: Path, world: int = 1, rendezvous: Path | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, folder: Path, world: int = 1, rendezvous: Path | None = None, dtype: str = "float32", quantize: str | None = None
+    ) -> None:
         self._threads = ThreadPoolExecutor(world)
         self.world = world
 
         def load(rank: int) -> Engine:
             torch.set_num_threads(1)
             group = Group.join(rendezvous, rank, world, timeout_s=60) if world > 1 else Group.single()
-            return Engine(load_model(folder, dtype=dtype, group=group), group, MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS)
+            return Engine(
+                load_model(folder, dtype=dtype, group=group, quantize=quantize), group, MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS
+            )
 
         self.engines = list(self._threads.map(load, range(world)))
         self.each(lambda engine: engine.warm())

@@ -103,10 +103,10 @@ def _() -> LinearFormat:
 
 @made("bitsandbytes-nf4")
 def _() -> LinearFormat:
-    return Made(lambda weight: by_table(weight, torch.tensor(NF4), BLOCK))
+    return Made(lambda weight: by_table(weight, torch.tensor(NF4), BLOCK), BLOCK)
 
 
 @made("bitsandbytes-fp4")
 def _() -> LinearFormat:
     table = torch.tensor(FP4)
-    return Made(lambda weight: by_table(weight, torch.cat((table, -table)), BLOCK))
+    return Made(lambda weight: by_table(weight, torch.cat((table, -table)), BLOCK), BLOCK)

@@ -20,11 +20,9 @@ SMALLEST = 1e-12  # a row of zeros keeps a scale that can be divided by
 class Made:
     """Plain weights that become codes after they were cut. What every rank holds in full stays plain: routers are such."""
 
-    unit = GROUP
-
-    def __init__(self, encode: Callable[[Tensor], Codes]) -> None:
-        """`encode` takes a weight [out, in] float32."""
-        self._encode = encode
+    def __init__(self, encode: Callable[[Tensor], Codes], unit: int = GROUP) -> None:
+        """`encode` takes a weight [out, in] float32, `unit` of whose inputs may share a scale."""
+        self._encode, self.unit = encode, unit
 
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """See LinearFormat."""

@@ -62,9 +62,12 @@ class Checkpoint:
     def read(self, name: str, spans: tuple[Runs, ...], out: Tensor) -> None:
         """Copy the product of `spans`, one list of ranges per dimension, into `out`, converting to its dtype."""
         entry = self.entries[name]
-        source = self._open(entry.file).get_slice(name)
+        file = self._open(entry.file)
         try:
-            _copy(source, spans, out, ())
+            if entry.shape:
+                _copy(file.get_slice(name), spans, out, ())
+            else:  # a number alone has no slices
+                out.copy_(file.get_tensor(name))
         except Exception as error:  # the library's own error type is not exported by every version
             raise FilesError(f"{entry.file}: tensor {name} cannot be read: {error}; {AGAIN}") from error
 
@@ -87,7 +90,7 @@ def _copy(source: Any, spans: tuple[Runs, ...], out: Tensor, chosen: tuple[slice
     """Copy block by block: one range of every dimension at a time."""
     dim = len(chosen)
     if dim == len(spans):
-        out.copy_(source[chosen] if chosen else source[:])
+        out.copy_(source[chosen])
         return
     at = 0
     for start, stop in spans[dim]:
