@@ -57,8 +57,11 @@ def language_model(c: Config, at: str, kind: str) -> Model:
     `kind` is its model_type where it does not say.
     """
     text = c.within("text_config").otherwise(model_type=kind)
-    tied = {} if c.get("tie_word_embeddings") is None else {"tie_word_embeddings": c.tie_word_embeddings}
-    return moved(model_of(text.otherwise(**DEFAULTS.get(text.model_type, {})).stating(**tied)), at)
+    defaults = DEFAULTS.get(text.model_type, {})
+    stated = {"architectures": text.get("architectures", defaults.get("architectures"))}
+    if c.get("tie_word_embeddings") is not None:  # the head is the outer model's
+        stated["tie_word_embeddings"] = c.tie_word_embeddings
+    return moved(model_of(text.otherwise(**defaults).stating(**stated)), at)
 
 
 def moved(model: Model, at: str) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from kvrun.spec import mixers as spec_mixers
 from kvrun.spec import norms as spec_norms
 from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.load import Loader, indices, torch_dtype
-from kvrun.weights.naming import probe
+from kvrun.weights.naming import Naming, probe
 from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, plan_model, plan_norm
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
@@ -126,6 +127,7 @@ class _Build:
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
         self.hidden = model.decoder.embed.hidden
+        self._whole = False  # whether what it makes is whole on every rank
 
     @property
     def elements(self) -> int:
@@ -156,7 +158,7 @@ class _Build:
     def aside(self, hidden: int) -> _Build:
         """The same walk over layers of another width that every rank holds in full and no adapter changes."""
         other = copy(self)
-        other.hidden, other.shared = hidden, Shared(Split(), Group.single(), self.shared.dtype)
+        other.hidden, other.shared, other._whole = hidden, Shared(Split(), Group.single(), self.shared.dtype), True
         return other
 
     def _head_weight(self) -> DenseLinear:
@@ -229,7 +231,7 @@ class _Build:
     def _mixer(self, mixer: spec_mixers.Mixer, at: str) -> Mixer:
         plan = plan_mixer(mixer, at, self.hidden, self.shared.split)
         linears = {key: self.linear(part) for key, part in plan.linears.items()}
-        folded = {key: Folded(self._weight(part).dense(), _sources(part)[0]) for key, part in plan.folded.items()}
+        folded = {key: Folded(self._weight(part).dense(), _sources(part, self._loader.naming)[0]) for key, part in plan.folded.items()}
         return build_mixer(mixer, Parts(linears, self.tables(plan.tables), plan.pages, plan.slots, self.shared, folded))
 
     def tables(self, plans: Mapping[str, TablePlan]) -> dict[str, Tensor]:
@@ -238,8 +240,11 @@ class _Build:
 
     def linear(self, plan: LinearPlan) -> Linear:
         """A linear that adapters may change, unless this walk is an aside."""
+        plan = replace(plan, role="whole") if self._whole else plan
         bias = self._loader.bias(plan, self.shared.dtype)
-        return self.shared.linear(plan.role, _sources(plan), self._weight(plan), bias, plan.out_features, plan.in_features)
+        return self.shared.linear(
+            plan.role, _sources(plan, self._loader.naming), self._weight(plan), bias, plan.out_features, plan.in_features
+        )
 
     def _weight(self, plan: LinearPlan) -> QuantizedLinear:
         parts = []
@@ -249,13 +254,14 @@ class _Build:
         return build_weight(parts, plan.in_features, self.shared.dtype)
 
 
-def _sources(plan: LinearPlan) -> tuple[Source, ...]:
+def _sources(plan: LinearPlan, stored: Naming) -> tuple[Source, ...]:
+    """The modules of a linear; adapters that were made for the class that wrote the checkpoint know them as it does."""
     sources, column = [], 0
     for cut in plan.cuts:
         rows = indices(cut.rows)
         cols = None if cut.cols == ((0, cut.in_features),) else indices(cut.cols)
         # Adapters know a tensor that is no module's weight by its parameter only.
         module = cut.alias.parameter if cut.bare and cut.alias is not None else cut.module
-        sources.append(Source(module, rows, column, cols, cut.out_features, cut.in_features, cut.alias, cut.flipped))
+        sources.append(Source(module, rows, column, cols, cut.out_features, cut.in_features, cut.alias, cut.flipped, stored(module)))
         column += len(rows)
     return tuple(sources)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import singledispatch
 
 from kvrun.spec import Feed, GatedMlp, Images, Layer, Matrix, Normalise, Patches, Perceive, Resample, Tiles
-from kvrun.weights.plan import LinearPlan, MixerPlan, TablePlan, column, mixers, norms, plan_images, plan_mixer, plan_norm, row, whole
+from kvrun.weights.plan import MixerPlan, TablePlan, column, mixers, norms, plan_images, plan_mixer, plan_norm, row, whole
 from kvrun.weights.split import Split
 
 WHOLE = Split()
@@ -20,7 +21,7 @@ def _(images: Images, hidden: int) -> MixerPlan:
         *(part for stage in images.stages for part in _stage(stage)),
         MixerPlan(tables=plan_joining(images, hidden)),
     ]
-    linears: list[LinearPlan] = [linear for part in parts for linear in part.linears.values()]
+    linears = [replace(linear, role="whole") for part in parts for linear in part.linears.values()]
     tables: list[TablePlan] = [table for part in parts for table in part.tables.values()]
     return MixerPlan({str(i): linear for i, linear in enumerate(linears)}, {str(i): table for i, table in enumerate(tables)})
 
