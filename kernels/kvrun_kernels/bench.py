@@ -17,8 +17,10 @@ import torch
 
 import kvrun_kernels
 
-OPS = ("linear", "quantized_linear", "grouped_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul")
-OPS += ("causal_conv", "selective_scan", "ssd_scan")
+OPS = (
+    "linear", "quantized_linear", "grouped_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul",
+    "causal_conv", "selective_scan", "ssd_scan",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
