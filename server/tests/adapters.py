@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny import oracle_model
+from tiny import oracle_model, row_of
 
 # name -> (row of tiny.ROWS, LoraConfig fields)
 ALL_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,8 +70,11 @@ def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> li
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(oracle_model(checkpoint), adapter)
+    for name, module in model.named_modules():
+        if name.endswith(".dt_proj"):  # transformers multiplies with its weight and passes the adapter by
+            module.merge()
     with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0] for ids in prompts]
+        return [row_of(checkpoint).logits(model, torch.tensor([ids]))[0] for ids in prompts]
 
 
 def _everything(model: torch.nn.Module) -> list[str]:
@@ -85,6 +88,8 @@ def _everything(model: torch.nn.Module) -> list[str]:
     if hasattr(model.config, "vision_config"):  # of a model that sees, its language model and the head
         inner = embedding.removesuffix("embed_tokens")
         found = [name for name in found if name.startswith(inner) or name == "lm_head"]
+    if model.config.is_encoder_decoder:  # its two stacks pass the embedding's module by
+        return found
     return [*found, embedding]
 
 

@@ -108,7 +108,6 @@ REFUSED_FIELDS = {
     "modules_to_save": ["lm_head"],
     "lora_bias": True,
     "trainable_token_indices": [5],
-    "target_parameters": ["mlp.experts.down_proj"],
     "layer_replication": [[0, 1]],
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,

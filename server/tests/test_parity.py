@@ -14,6 +14,7 @@ NATIVE = "reference" not in kvrun_kernels.describe().values()
 CLOSE = 5e-4  # of the logits' standard deviation, in float32
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
 SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
+CHUNKED = ("llama", "llama_yarn", "mistral", "falcon40b", "falcon_rw", "gpt2", "mixtral", "qwen2_moe", "glm4_moe", "gpt_oss", "deepseek_v3")
 LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
 
 
@@ -76,7 +77,7 @@ def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world,
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("row", ["llama", "llama_yarn", "mistral", "falcon40b", "falcon_rw", "gpt2"])
+@pytest.mark.parametrize("row", CHUNKED)
 def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, world, groups, checkpoint, expected):
     runner = groups[world]
     runner.load(checkpoint(row))

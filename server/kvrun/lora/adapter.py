@@ -16,7 +16,7 @@ from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import AdapterError, AdapterNotFound
-from kvrun.lora import ends
+from kvrun.lora import ends, parameters
 from kvrun.lora.ends import EmbeddingDelta
 from kvrun.lora.peft import PeftConfig
 from kvrun.lora.sites import EmbeddingSite, Site, Source
@@ -24,6 +24,7 @@ from kvrun.lora.sites import EmbeddingSite, Site, Source
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 SHOWN = 10  # tensors in a message
+Home = tuple[int, Source]  # a site and what of it a module feeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ class Adapter:
 
 def targets(linears: Iterable[Site], embedding: EmbeddingSite | None = None) -> list[str]:
     """The module names that an adapter may target."""
-    modules = {source.module for linear in linears for source in linear.sources} | ({embedding.module} if embedding else set())
+    modules = {name for linear in linears for source in linear.sources for name in _names(source)}
+    modules |= {embedding.module} if embedding else set()
     return sorted({_target(module) for module in modules})
 
 
@@ -63,11 +65,13 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
     config = PeftConfig.parse(config_bytes)
     linears = list(linears)
     tensors = ends.renamed(_tensors(weight_bytes, Path(folder) / WEIGHTS), linears)
+    tensors = parameters.named(tensors, linears, config)
     matched = len(tensors)
-    homes: dict[str, list[tuple[int, Source]]] = {}
+    homes: dict[str, list[Home]] = {}
     for linear in linears:
         for source in linear.sources:
-            homes.setdefault(source.module, []).append((linear.site, source))
+            for name in _names(source):
+                homes.setdefault(name, []).append((linear.site, source))
         ends.leave_out_copies(tensors, linear, dtype)
     changed_rows = None if embedding is None else ends.embedding_delta(tensors, embedding, config, dtype)
     pairs = _pairs(tensors, homes)
@@ -75,9 +79,13 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
 
     deltas: dict[int, list[Delta]] = {}
     for module, (a, b) in pairs.items():
+        held_a, scaled_b = a.to(dtype, copy=True), b.float() * config.scale(module)
         for site, source in homes[module]:
             if len(source.rows):
-                deltas.setdefault(site, []).append(_cut(a, b, source, config.scale(module), dtype))
+                one = (held_a, scaled_b)
+                if source.alias is not None and source.alias.parameter == module:
+                    one = parameters.of_one(held_a, scaled_b, source.alias, config.rank(module))
+                deltas.setdefault(site, []).append(_cut(*one, source, dtype))
     held = [t for changed in deltas.values() for delta in changed for t in (delta.a, delta.bt)]
     if changed_rows is not None:
         held += [changed_rows.table, *(segment.bt for segment in changed_rows.update.segments)]
@@ -88,7 +96,8 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
         digest=digest.hexdigest(),
         deltas={site: tuple(changed) for site, changed in deltas.items()},
         updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in deltas.items()},
-        bytes=sum(t.numel() * t.element_size() for t in held),
+        # Many linears may share one A, whose bytes count once.
+        bytes=sum({(store := t.untyped_storage()).data_ptr(): store.nbytes() for t in held}.values()),
         matched=matched,
         ranks=tuple(a.shape[0] for a, _ in pairs.values()) + (() if changed_rows is None else (changed_rows.table.shape[1],)),
         targets=tuple(sorted({_target(module) for module in (*pairs, *([embedding.module] if embedding and changed_rows else ()))})),
@@ -151,8 +160,8 @@ def _check(pairs: Mapping[str, tuple[Tensor, Tensor]], homes: Mapping[str, Seque
     """Hold shapes against the model and the config. Raises AdapterError."""
     wrong = []
     for module, (a, b) in pairs.items():
-        rank, source = config.rank(module), homes[module][0][1]
-        for side, tensor, shape in (("A", a, (rank, source.in_features)), ("B", b, (source.out_features, rank))):
+        rank = config.rank(module)
+        for side, tensor, shape in zip("AB", (a, b), _shapes(module, homes[module][0][1], rank), strict=True):
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 wrong.append(f"{module}.lora_{side} is {_name(tensor.dtype)} {list(tensor.shape)}, not {list(shape)}")
         if rank < 1:
@@ -161,11 +170,27 @@ def _check(pairs: Mapping[str, tuple[Tensor, Tensor]], homes: Mapping[str, Seque
         raise AdapterError(f"wrong shape: {_listed(wrong)}; the adapter belongs to another model or another config")
 
 
-def _cut(a: Tensor, b: Tensor, source: Source, scale: float, dtype: torch.dtype) -> Delta:
+def _names(source: Source) -> list[str]:
+    """What adapters may call a source; where a parameter of its name holds many matrices, only that."""
+    return [source.module] if source.alias is None else sorted({source.module, source.alias.parameter})
+
+
+def _shapes(name: str, source: Source, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B under one of a source's names."""
+    held, out = 1, source.out_features
+    if source.alias is not None and source.alias.parameter == name:
+        held, out = source.alias.count, source.alias.out_features
+    inputs, outputs = (out, source.in_features) if source.flipped else (source.in_features, out)
+    return (held * rank, inputs), (outputs, rank * held)
+
+
+def _cut(a: Tensor, b: Tensor, source: Source, dtype: torch.dtype) -> Delta:
     """Take A's columns and B's rows as the linear's own weight was cut, so that no rank needs another's part."""
+    if source.flipped:
+        inputs = b if source.cols is None else b.index_select(0, source.cols)
+        return Delta(inputs.T.to(dtype).contiguous(), a.index_select(1, source.rows), source.column)
     a = a if source.cols is None else a.index_select(1, source.cols)
-    b = b.index_select(0, source.rows).to(torch.float32) * scale
-    return Delta(a.to(dtype).contiguous().clone(), b.T.to(dtype).contiguous(), source.column)
+    return Delta(a, b.index_select(0, source.rows).T.to(dtype).contiguous(), source.column)
 
 
 def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -177,7 +202,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _target(module: str) -> str:
-    return module.rsplit(".", 1)[-1]
+    return module.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def _listed(names: Iterable[str]) -> str:

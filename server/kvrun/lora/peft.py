@@ -18,7 +18,7 @@ SILENT = {
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
     "megatron_core", "qalora_group_size", "ensure_weight_tying", "bias",
 }  # fmt: skip
-READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
 # Initialisations that also move the base weights: what was saved does not belong to the base as published.
 MOVES_BASE = re.compile(r"pissa|olora|corda|lora_ga|loftq")
 
@@ -32,6 +32,7 @@ class PeftConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()  # full names or their ends, of parameters that are changed as such
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
@@ -52,6 +53,7 @@ class PeftConfig:
                 rslora=bool(fields.get("use_rslora")),
                 rank_pattern={key: int(rank) for key, rank in (fields.get("rank_pattern") or {}).items()},
                 alpha_pattern={key: float(alpha) for key, alpha in (fields.get("alpha_pattern") or {}).items()},
+                parameters=tuple(fields.get("target_parameters") or ()),
             )
         except KeyError as error:
             raise AdapterError(f"adapter_config.json lacks {error}") from error
@@ -62,6 +64,10 @@ class PeftConfig:
         """The rank that the config gives to a module."""
         return _first_match(self.rank_pattern, module, self.r)
 
+    def names(self, parameter: str) -> bool:
+        """Whether a parameter is changed as such."""
+        return any(parameter == name or parameter.endswith(f".{name}") for name in self.parameters)
+
     def scale(self, module: str) -> float:
         """What B A x is multiplied with at a module."""
         rank, alpha = self.rank(module), _first_match(self.alpha_pattern, module, self.alpha)
@@ -69,10 +75,10 @@ class PeftConfig:
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that, as a regular expression, matches the end of the module's name at a dot."""
+    """The value of the first key that, as a regular expression, matches the end of a module's or a parameter's name at a dot."""
     for key, value in pattern.items():
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
+            if re.match(rf"(.*\.)?({key})(\.weight)?$", module):
                 return value
         except re.error as error:
             raise AdapterError(f"adapter_config.json: pattern {key!r} is no regular expression: {error}") from error

@@ -8,6 +8,21 @@ from typing import Protocol
 from torch import Tensor
 
 
+class Alias(Protocol):
+    """A parameter that holds a source's matrix among others: see weights.plan.Alias."""
+
+    @property
+    def parameter(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+
+
 class Source(Protocol):
     """A checkpoint module's share in a linear: see nn.linear.Source."""
 
@@ -25,6 +40,10 @@ class Source(Protocol):
     def in_features(self) -> int: ...
     @property
     def also(self) -> str: ...
+    @property
+    def alias(self) -> Alias | None: ...
+    @property
+    def flipped(self) -> bool: ...
 
 
 class Weight(Protocol):

@@ -51,6 +51,25 @@ class LoraBatch:
         if segments is not None:
             ops.lora(y, x, segments)
 
+    def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
+        """The same where rows offsets[g] to offsets[g + 1] belong to linear sites[g].
+
+        tokens [rows] int64: the token each row was made of, ascending within a group.
+        """
+        bounds, owners = offsets.numpy(), tokens.numpy()
+        parts = []
+        for group in np.flatnonzero(np.diff(bounds)).tolist():
+            segments = self._sites.get(sites[group])
+            if segments is None:
+                continue
+            first, mine = int(bounds[group]), owners[bounds[group] : bounds[group + 1]]
+            for updates, start, stop in segments.parts:
+                begin, end = np.searchsorted(mine, (start, stop)).tolist()
+                if begin < end:
+                    parts.append((updates, first + begin, first + end))
+        if parts:
+            ops.lora(y, x, ops.LoraSegments.joined(parts))
+
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """Add to `x`, in place, what the adapters of these tokens change in their embeddings. ids [tokens] · x [tokens, width]"""
         for run in self._runs:

@@ -26,7 +26,7 @@ EPS = 1e-5  # of torch's layer norm; no config says it
 @architecture("DbrxForCausalLM")
 def dbrx(c: Config) -> Model:
     """DBRX 132B."""
-    attend, feed = c.within("attn_config"), c.within("ffn_config")
+    attend, feed = c.within("attn_config"), c.within("ffn_config").otherwise(moe_normalize_expert_weights=1.0)
     heads, head_dim, power = c.num_attention_heads, c.hidden_size // c.num_attention_heads, feed.get("moe_normalize_expert_weights")
     if power not in (None, 1, 1.0):
         raise Unsupported(f"{c.where}: expert weights normalised by the {power}-norm are not served, known is 1")

@@ -2,7 +2,7 @@
 
 from tiny.row import LLAMA, Row, rope
 
-GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48}
+GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48}
 PART = {**LLAMA, **GROUPS, "num_key_value_heads": 4, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
 LATENT = {**PART, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.0)

@@ -16,7 +16,6 @@ from kvrun.nn.step import ForwardStep, Mixer
 from kvrun.spec import ClampedSwiGlu, StackedExperts
 from kvrun.spec import moe as spec
 
-
 QUICK = 1.702  # quick_gelu(x) = x * sigmoid(1.702 * x)
 
 
