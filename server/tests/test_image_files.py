@@ -143,8 +143,8 @@ def test_what_a_published_gemma_says_of_images(tmp_path):
 
 
 REFUSED = {
-    "layers together": ({"vision_feature_layer": [-2, -5]}, {}),
-    "one feature per patch": ({"vision_feature_select_strategy": "full"}, {}),
+    r"vision_feature_layer \[-2, -5\]": ({"vision_feature_layer": [-2, -5]}, {}),
+    "vision_feature_select_strategy 'full'": ({"vision_feature_select_strategy": "full"}, {}),
     "image_grid_pinpoints": ({}, {"image_grid_pinpoints": [[336, 336]]}),
     "do_normalize": ({}, {"do_normalize": False}),
     "model_type 'pixtral'": ({"vision_config": {"model_type": "pixtral"}}, {}),

@@ -72,7 +72,7 @@ class SequenceImages:
         """The features that tokens from `start` to `stop` show; `look` has encoded them."""
         found = []
         for places, rows in self._features.values():
-            first, last = np.searchsorted(places, (start, stop))
+            first, last = (int(np.searchsorted(places, edge)) for edge in (start, stop))
             if first < last:
                 found.append(Shown(places[first:last], rows[first:last], int(places[-1])))
         return found
@@ -87,7 +87,7 @@ class SequenceImages:
     def _encode(self, image: Image, ids: np.ndarray) -> tuple[np.ndarray, Tensor]:
         assert self._sight is not None
         rows = self._sight.features(image.data)
-        places = image.at + np.flatnonzero(ids[image.at : image.end] == self._sight.spec.token)
+        places: np.ndarray = image.at + np.flatnonzero(ids[image.at : image.end] == self._sight.spec.token)
         if len(places) != len(rows):
             raise ImageError(f"the image makes {len(rows)} features, its place in the prompt was counted as {len(places)}")
         return places, rows
@@ -110,7 +110,7 @@ def splice(chunks: Items[Chunk], positions: np.ndarray) -> tuple[Splice | None, 
     shown = [(chunk, part) for chunk in chunks for part in chunk.images.shown(chunk.start, chunk.stop)]
     if not shown:
         return None, None
-    tokens = [part.places - chunk.start + chunk.first for chunk, part in shown]
+    tokens: list[np.ndarray] = [part.places - chunk.start + chunk.first for chunk, part in shown]
     reach = None
     for (chunk, part), at in zip(shown, tokens, strict=True):
         if chunk.images.together:

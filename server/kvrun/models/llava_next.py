@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from kvrun.errors import Unsupported
 from kvrun.models import clip, siglip
 from kvrun.models.inner import SPELLINGS, language_model
 from kvrun.spec import (
@@ -62,7 +61,7 @@ def _images(c: Config, hidden: int) -> Images:
         marker=token_text(c, special_tokens(c), token),
         token=token,
         cutting=tiles,
-        pixels=_pixels(c, tiles),
+        pixels=_pixels(c),
         encoder=tower,
         stages=(Feed(project, width, hidden),),
     )
@@ -74,19 +73,16 @@ def _tower(c: Config) -> PictureEncoder:
     vision.only("model_type", *TOWERS)
     defaults, lower = TOWERS[vision.get("model_type", "clip_vision_model")]
     vision = vision.otherwise(**defaults)
-    layer, strategy = c.get("vision_feature_layer", -2), c.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int):
-        raise Unsupported(f"{c.where}: features of several layers together ({layer}) are not served; known is one layer")
-    tower = lower(vision, "model.vision_tower.", layer if layer >= 0 else vision.num_hidden_layers + 1 + layer)
+    layer, above = c.get("vision_feature_layer", -2), vision.num_hidden_layers + 1
+    c.only("vision_feature_layer", *range(-above, above))
+    tower = lower(vision, "model.vision_tower.", layer % above)
     # A tile's features must be its patches, neither one more nor one less, or no grid of them can be laid.
-    if (strategy == "default") != (tower.patches.first is not None):
-        raise Unsupported(f"{c.where}: vision_feature_select_strategy {strategy!r} does not leave one feature per patch of this encoder")
+    strategy = "full" if tower.patches.first is None else "default"
+    c.otherwise(vision_feature_select_strategy="default").only("vision_feature_select_strategy", strategy)
     return tower
 
 
-def _pixels(c: Config, tiles: Tiles) -> Pixels:
+def _pixels(c: Config) -> Pixels:
     processor = image_processor(c)
-    grids = tuple(tuple(grid) for grid in processor.get("image_grid_pinpoints", tiles.grids))
-    if grids != tiles.grids:
-        raise Unsupported(f"{processor.where}: its image_grid_pinpoints {grids} are not those of config.json, {tiles.grids}")
+    processor.only("image_grid_pinpoints", c.get("image_grid_pinpoints", GRIDS))
     return pixels(processor, clip.MEAN, clip.STD, filter=3)
