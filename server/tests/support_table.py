@@ -14,7 +14,7 @@ from tiny.row import Row
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- support table: make docs -->\n", "<!-- end of support table -->"
 RANKS = "1 to 4"  # the worlds of test_parity.py
-SERVED = "every linear of a layer | float32; bfloat16 and float16 by the kernels' tests only | text"
+SERVED = "every linear of a layer | float32; bfloat16 and float16 by the kernels' tests only"
 
 
 def architecture_of(row: Row) -> str:
@@ -37,7 +37,9 @@ def table() -> str:
         describer = registry.describer(name)
         source = f"server/kvrun/{describer.__module__.removeprefix('kvrun.').replace('.', '/')}.py"
         rows = ", ".join(tested.get(name, [])) or "the same description as its neighbour"
-        lines.append(f"| `{name}` | [{Path(source).name}]({source}) | {rows} | {RANKS} | {SERVED} |")
+        sees = any(ROWS[row].auto == "AutoModelForImageTextToText" for row in tested.get(name, []))
+        carries = "text and images, text" if sees else "text"
+        lines.append(f"| `{name}` | [{Path(source).name}]({source}) | {rows} | {RANKS} | {SERVED} | {carries} |")
     return "\n".join(lines) + "\n"
 
 
