@@ -75,6 +75,8 @@ pub struct Model {
     pub recurrent: bool,
     /// Whether the ids of an image see each other, so that one step must compute them all.
     pub together: bool,
+    /// A sequence that may come to more tokens is computed as a long one from its first; 0 = none is.
+    pub long_after: u32,
 }
 
 /// A new epoch, as the shards granted it.

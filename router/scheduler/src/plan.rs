@@ -259,7 +259,9 @@ impl Scheduler {
             true => "",
             false => &*sequence.request.tenant,
         };
+        let long = sequence.request.is_long(&self.model);
         let root = Key::root(&self.model.digest, digest, salt);
+        let root = if long { root.of_long() } else { root };
         sequence.set_root(root);
         let known = sequence.journal.len();
         let mut table = Vec::new();
@@ -318,6 +320,7 @@ impl Scheduler {
             sequence: id,
             adapter: handle,
             memory: sequence.memory.clone(),
+            long,
         });
         draft.admit(memory, payload);
         self.fairness

@@ -23,6 +23,14 @@ impl Key {
         Self(hash.finalize().into())
     }
 
+    /// The same before a long sequence: positions turn its keys in another way.
+    pub fn of_long(self) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(self.0);
+        hash.update(b"long");
+        Self(hash.finalize().into())
+    }
+
     /// The key of the next page, which holds `tokens`, some of them out of `images`.
     pub fn then<'a>(
         &self,

@@ -40,6 +40,12 @@ impl Request {
         !model.recurrent && self.memory_tokens == 0
     }
 
+    /// Whether it may outgrow what the model computes as a short sequence. Fixed from its first token to its last.
+    pub(crate) fn is_long(&self, model: &Model) -> bool {
+        let most = self.prompt.len() as u64 + u64::from(self.max_new_tokens);
+        model.long_after > 0 && most > u64::from(model.long_after)
+    }
+
     /// Tokens it may come to: memory, prompt and answer.
     pub(crate) fn tokens(&self) -> u64 {
         u64::from(self.memory_tokens) + self.prompt.len() as u64 + u64::from(self.max_new_tokens)

@@ -26,6 +26,8 @@ pub struct Admission {
     pub adapter: u64,
     /// Pages for what it reads beside its tokens.
     pub memory: Vec<u32>,
+    /// Whether it is computed as a long sequence.
+    pub long: bool,
 }
 
 /// Some tokens of one sequence.

@@ -44,6 +44,7 @@ impl Toy {
                 digest: "m".to_owned(),
                 page_tokens: 16,
                 vocabulary: 100,
+                long_after: 1000,
                 ..Model::default()
             },
         };
@@ -136,6 +137,24 @@ fn a_prompt_of_whole_pages_still_computes_its_last_token() {
     toy.turn();
     toy.ask("t", 32, 1);
     assert_eq!(toy.turn().rows[0].start, 16);
+}
+
+#[test]
+fn long_sequences_share_pages_among_each_other_only() {
+    let mut toy = Toy::new(100, 200, 8);
+    for (answer, long, start) in [
+        (950, false, 0),
+        (951, true, 0),
+        (1, false, 48),
+        (952, true, 48),
+    ] {
+        toy.ask("t", 50, answer);
+        let step = toy.turn();
+        assert_eq!((step.admit[0].long, step.rows[0].start), (long, start));
+        while !toy.scheduler.is_idle() {
+            toy.turn();
+        }
+    }
 }
 
 #[test]

@@ -203,6 +203,7 @@ impl Driver {
                     .images
                     .as_ref()
                     .is_some_and(|rule| rule.together),
+                long_after: description.long_after,
             },
         };
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);

@@ -26,6 +26,7 @@ pub(super) fn step(
             memory_tokens: open.source.to_vec(),
             memory_pages: admission.memory.clone(),
             images: open.images.iter().map(image).collect(),
+            long: admission.long,
         })
     });
     Step {

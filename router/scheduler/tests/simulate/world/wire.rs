@@ -26,6 +26,7 @@ pub(super) fn wire(
             memory_tokens: beside.map_or_else(Vec::new, |beside| beside.source.clone()),
             memory_pages: admission.memory.clone(),
             images: beside.map_or_else(Vec::new, Beside::wire),
+            long: admission.long,
         })
     });
     let rows = step.rows.iter().map(|row| kvrun_proto::Row {
