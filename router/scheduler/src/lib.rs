@@ -18,6 +18,13 @@ mod span;
 mod step;
 mod submit;
 
+// The simulator plants bugs, which no other build may hold; it reads as if it stood outside.
+#[cfg(test)]
+extern crate self as kvrun_scheduler;
+#[cfg(test)]
+#[path = "../tests/simulate/mod.rs"]
+mod simulate;
+
 pub use adapters::{AdapterOrder, AdapterView, Adapters, LoadFault, Residency};
 pub use pages::PageCounts;
 pub use queue::QueueLimits;
@@ -110,7 +117,7 @@ pub struct Load {
 }
 
 /// A fault planted on purpose, to prove that the simulator finds it.
-#[cfg(feature = "planted-bugs")]
+#[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlantedBug {
     /// A cancelled request keeps a page.
@@ -181,7 +188,7 @@ pub struct Scheduler {
     preemptions: u64,
     replays: u64,
     last_id: u64,
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(test)]
     planted: Option<PlantedBug>,
 }
 
@@ -212,25 +219,25 @@ impl Scheduler {
             preemptions: 0,
             replays: 0,
             last_id: 0,
-            #[cfg(feature = "planted-bugs")]
+            #[cfg(test)]
             planted: None,
         }
     }
 
     /// Plants a bug.
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(test)]
     pub fn plant(&mut self, bug: PlantedBug) {
         self.planted = Some(bug);
     }
 
-    #[cfg(feature = "planted-bugs")]
+    #[cfg(test)]
     fn has(&self, bug: PlantedBug) -> bool {
         self.planted == Some(bug)
     }
 
     /// Forgets a request, whatever its state; its pages are free before this returns. Unknown ids are no error.
     pub fn cancel(&mut self, now: Time, id: u64) {
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(test)]
         if self.has(PlantedBug::LeakPage)
             && let Some(sequence) = self.sequences.get_mut(&id)
         {
@@ -337,7 +344,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(test)]
         if self.planted == Some(PlantedBug::LeakMemory) {
             sequence.memory.pop();
         }

@@ -49,7 +49,7 @@ impl Scheduler {
 
     fn send(&mut self, now: Time, rows: Vec<Row>, admit: Vec<Admission>) -> Option<Step> {
         for row in &rows {
-            #[cfg(feature = "planted-bugs")]
+            #[cfg(test)]
             if self.has(crate::PlantedBug::FreePrompts) && row.tokens > 1 {
                 continue;
             }
@@ -76,7 +76,7 @@ impl Scheduler {
             released,
             planned: now,
         });
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(test)]
         if self.has(crate::PlantedBug::PublishUnacked) {
             step.rows
                 .iter()
@@ -162,7 +162,7 @@ impl Scheduler {
             return true;
         };
         let work = sequence.work_from(sequence.computed, &self.model);
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(test)]
         let work = match self.planted {
             Some(crate::PlantedBug::CutImages) => crate::budget::Work {
                 whole: Default::default(),
@@ -250,7 +250,7 @@ impl Scheduler {
             Some(Some(resident)) => resident,
             Some(None) => return false,
         };
-        #[cfg(feature = "planted-bugs")]
+        #[cfg(test)]
         let digest = match self.planted {
             Some(crate::PlantedBug::KeyWithoutAdapter) => "",
             _ => digest,

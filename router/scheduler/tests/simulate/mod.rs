@@ -36,7 +36,7 @@ fn every_invariant_holds_in_every_seed() {
         match run(seed, None, false) {
             Ok(of_seed) => seen.add(of_seed),
             Err(text) => panic!(
-                "seed {seed}: {text}\nrerun: KVRUN_SIM_SEED={seed} cargo test --release -p kvrun-scheduler --test simulate -- --nocapture"
+                "seed {seed}: {text}\nrerun: KVRUN_SIM_SEED={seed} cargo test --release -p kvrun-scheduler --lib simulate -- --nocapture"
             ),
         }
     }
