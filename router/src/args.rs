@@ -9,6 +9,7 @@ use clap::Parser;
 
 use crate::api::Settings;
 use crate::api::auth::Keys;
+use crate::images::ImageSettings;
 use crate::request::AdapterSpec;
 
 /// Serves text generation over HTTP from the model shards behind a set of unix sockets.
@@ -100,6 +101,12 @@ pub struct Args {
     /// Largest body in bytes
     #[arg(long, env, default_value_t = 2_000_000)]
     pub payload_limit: usize,
+    /// Fetches images of requests from other servers, public addresses only; `data:` URLs are always taken
+    #[arg(long, env)]
+    pub allow_remote_images: bool,
+    /// Largest image in bytes; one in a body must fit --payload-limit too
+    #[arg(long, env, default_value_t = 10 << 20)]
+    pub max_image_fetch_size: usize,
     /// Tokenizer threads
     #[arg(long, env, default_value_t = 2)]
     pub validation_workers: usize,
@@ -255,6 +262,11 @@ impl Args {
             max_client_batch_size: self.max_client_batch_size.max(1),
             payload_limit: self.payload_limit,
             validation_workers: self.validation_workers.max(1),
+            images: ImageSettings {
+                remote: self.allow_remote_images,
+                bytes: self.max_image_fetch_size,
+                reachable: Vec::new(),
+            },
             request_timeout: Duration::from_secs(self.request_timeout.max(1)),
             keys,
             admin_keys,

@@ -8,6 +8,7 @@ pub mod args;
 pub mod capabilities;
 mod control;
 pub mod engine;
+pub mod images;
 mod inherited;
 pub mod metrics;
 mod patience;

@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::auth::Keys;
 use super::error::{ApiError, Kind};
 use crate::engine::Engine;
+use crate::images::{Fetcher, ImageSettings};
 
 /// How the HTTP side behaves; fixed for the life of the server.
 #[derive(Debug, Clone)]
@@ -39,6 +40,8 @@ pub struct Settings {
     pub validation_workers: usize,
     /// Longest time a request may take.
     pub request_timeout: Duration,
+    /// Which images are taken.
+    pub images: ImageSettings,
     /// Who may ask.
     pub keys: Keys,
     /// Who may load, pin and unload adapters, and do all else; when there are none, whoever may ask.
@@ -65,6 +68,8 @@ pub struct Parts {
     pub text: TokenizerPool,
     /// Makes prompts of conversations.
     pub templates: ChatTemplates,
+    /// Gets images.
+    pub fetcher: Fetcher,
     /// How to behave.
     pub settings: Settings,
     /// The metrics page.
@@ -99,6 +104,7 @@ impl App {
             templates,
             permits: Arc::new(Semaphore::new(settings.max_concurrent_requests)),
             absent_since: Mutex::new(None),
+            fetcher: Fetcher::new(&settings.images),
             settings,
             page: crate::metrics::install(),
             pace: Pace::default(),

@@ -11,6 +11,7 @@ pub mod auth;
 mod body;
 mod docs;
 pub mod error;
+mod images;
 pub mod info;
 mod invocations;
 pub mod openai;

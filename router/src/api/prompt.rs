@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use super::App;
+use kvrun_proto::ImageRule;
+
 use super::error::ApiError;
 use super::request::{Names, Prompt};
+use super::{App, images};
 use crate::request::{Image, Refusal, Status};
 
 /// Bytes of text per allowed token that are still tokenized; longer texts are refused unread.
@@ -120,29 +122,69 @@ impl Encoded {
     }
 }
 
-/// Reads a prompt; `truncate` keeps so many ids at its end.
-pub async fn read(
-    app: &App,
-    prompt: Prompt,
-    truncate: Option<i64>,
-    limits: Limits,
-    names: Names,
-) -> Result<Encoded, ApiError> {
-    let field = names.prompt;
-    let (mut ids, text) = match prompt {
-        Prompt::Text { text, add_special } => (
-            tokenize(app, &text, add_special, limits, field).await?,
-            text,
-        ),
-        Prompt::Ids(ids) => (check_ids(&ids, limits, field)?, String::new()),
+/// How a prompt is read.
+#[derive(Clone, Copy)]
+pub struct Reading<'a> {
+    /// How long it may be.
+    pub limits: Limits,
+    /// Keeps so many ids at its end.
+    pub truncate: Option<i64>,
+    /// How images become ids, where the model takes them.
+    pub images: Option<&'a ImageRule>,
+    /// What the dialect calls the prompt.
+    pub field: &'static str,
+}
+
+/// Reads a prompt.
+pub async fn read(app: &App, prompt: Prompt, how: Reading<'_>) -> Result<Encoded, ApiError> {
+    let Reading { limits, field, .. } = how;
+    let (sent, text, add_special, urls) = match (prompt, how.images) {
+        (Prompt::Text { text, add_special }, Some(rule)) => {
+            let (marked, urls) = images::from_markdown(&text, &rule.marker);
+            (text, marked, add_special, urls)
+        }
+        (Prompt::Text { text, add_special }, None) => (text.clone(), text, add_special, vec![]),
+        // The template wrote the model's own tokens already.
+        (Prompt::Marked { text, urls }, _) => (text.clone(), text, false, urls),
+        (Prompt::Ids(ids), rule) => {
+            let ids = check_ids(&ids, limits, field)?;
+            let ids = match rule {
+                Some(rule) => images::place(app, rule, &ids, vec![], field)?.0,
+                None => ids,
+            };
+            return finish(ids, vec![], String::new(), how);
+        }
     };
-    if let Some(keep) = truncate.and_then(|keep| usize::try_from(keep).ok()) {
+    if how.truncate.is_some() && !urls.is_empty() {
+        let message = "`truncate` could cut an image in two; leave it out";
+        return Err(ApiError::field("truncate", message));
+    }
+    let ids = tokenize(app, &text, add_special, limits, field).await?;
+    let Some(rule) = how.images else {
+        return finish(ids, vec![], sent, how);
+    };
+    let loaded = images::load(app, &urls, field).await?;
+    let (ids, images) = images::place(app, rule, &ids, loaded, field)?;
+    finish(ids, images, sent, how)
+}
+
+fn finish(
+    mut ids: Vec<u32>,
+    images: Vec<Image>,
+    text: String,
+    how: Reading<'_>,
+) -> Result<Encoded, ApiError> {
+    let Reading { limits, field, .. } = how;
+    if let Some(keep) = how.truncate.and_then(|keep| usize::try_from(keep).ok()) {
         ids.drain(..ids.len().saturating_sub(keep));
     }
     check_length(&ids, limits, field)?;
+    let looked_at = how.images.map_or(0, |rule| rule.memory) * images.len() as u32;
     Ok(match limits.decoder_start {
         None => Encoded {
             ids: ids.into(),
+            images: images.into(),
+            memory_tokens: looked_at,
             text,
             ..Encoded::default()
         },

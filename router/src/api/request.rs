@@ -14,8 +14,25 @@ pub enum Prompt {
         /// Whether the tokenizer adds the model's own tokens, e.g. at the beginning.
         add_special: bool,
     },
+    /// Text that has the model's own marker in the place of each image.
+    Marked {
+        /// The text.
+        text: String,
+        /// Where the images are, in their order.
+        urls: Vec<String>,
+    },
     /// Token ids as they are.
     Ids(Vec<i64>),
+}
+
+impl Prompt {
+    /// The text; empty for ids.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Text { text, .. } | Self::Marked { text, .. } => text,
+            Self::Ids(_) => "",
+        }
+    }
 }
 
 /// What a dialect calls the fields that messages speak of.

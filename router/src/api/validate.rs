@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::App;
 use super::error::{ApiError, Kind};
-use super::prompt::{Limits, read};
+use super::prompt::{Limits, Reading, read};
 use super::request::{Caller, GenerateRequest};
 use super::sampling::check_sampling;
 use crate::request::{AdapterId, ValidRequest};
@@ -84,7 +84,16 @@ pub async fn validate(
         let why = "an encoder reads the prompt and predicts none of its tokens";
         return Err(unsupported(request.names.prompt_logprobs, why));
     }
-    let prompt = read(app, request.prompt, request.truncate, limits, request.names).await?;
+    let how = Reading {
+        limits,
+        truncate: request.truncate,
+        images: status
+            .description
+            .as_ref()
+            .and_then(|model| model.images.as_ref()),
+        field: request.names.prompt,
+    };
+    let prompt = read(app, request.prompt, how).await?;
     let max_new_tokens = prompt.answer_length(
         request.max_new_tokens,
         request.default_max_new_tokens,

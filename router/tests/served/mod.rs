@@ -9,6 +9,7 @@ use kvrun_proto::Sampling;
 use kvrun_router::Listeners;
 use kvrun_router::api::{App, Settings, auth::Keys};
 use kvrun_router::engine::{Engine, EngineOptions};
+use kvrun_router::images::ImageSettings;
 use kvrun_text::{ChatTemplates, Tokenizer, TokenizerPool};
 use reqwest::{RequestBuilder, Response};
 use serde_json::{Value, json};
@@ -131,6 +132,7 @@ fn settings(home: &Path) -> Settings {
         max_client_batch_size: 4,
         payload_limit: 100_000,
         validation_workers: 2,
+        images: ImageSettings::default(),
         request_timeout: Duration::from_secs(60),
         keys: Keys::default(),
         admin_keys: Keys::default(),

@@ -87,7 +87,8 @@ impl TokenName {
 }
 
 impl ChatTemplates {
-    /// Reads `chat_template.jinja` and `tokenizer_config.json` in `folder`; a model may have neither.
+    /// Reads `chat_template.jinja`, or the template in `chat_template.json` that models with images have, and
+    /// `tokenizer_config.json` in `folder`; a model may have none of them.
     pub fn load(folder: &Path) -> Result<Self, LoadError> {
         let config_file = folder.join("tokenizer_config.json");
         let config = match std::fs::read_to_string(&config_file) {
@@ -95,6 +96,7 @@ impl ChatTemplates {
             Err(_) => "{}".to_owned(),
         };
         let jinja = std::fs::read_to_string(folder.join("chat_template.jinja")).ok();
+        let jinja = jinja.or_else(|| of_processor(folder));
         Self::new(&config, jinja.as_deref())
     }
 
@@ -176,6 +178,12 @@ impl ChatTemplates {
             .map_err(|error| classify(&error))?;
         String::from_utf8(output.0).map_err(|error| TemplateError::Failed(error.to_string()))
     }
+}
+
+fn of_processor(folder: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(folder.join("chat_template.json")).ok()?;
+    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
+    Some(json.get("chat_template")?.as_str()?.to_owned())
 }
 
 fn sandbox() -> Result<Environment<'static>, Error> {

@@ -5,12 +5,11 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures::StreamExt;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::answers::*;
-use super::fields::{
-    Frame, alternatives, chat_logprob, details, finish_reason, read, unix_seconds,
-};
+use super::conversation::conversation;
+use super::fields::{Frame, alternatives, chat_logprob, details, finish_reason, read};
 use super::streams::{Indexed, tokens};
 use super::types::*;
 use crate::api::App;
@@ -41,7 +40,7 @@ pub async fn chat_completions(
 
 /// What the route does, for other routes that take the same body.
 pub async fn answer(app: &App, caller: &Caller, body: ChatBody) -> Result<Response, ApiError> {
-    let text = prompt(app, &body)?;
+    let prompt = prompt(app, &body)?;
     let with_logprobs = body.logprobs == Some(true);
     if body.top_logprobs.is_some() && !with_logprobs {
         return Err(ApiError::field(
@@ -53,11 +52,7 @@ pub async fn answer(app: &App, caller: &Caller, body: ChatBody) -> Result<Respon
     let max_new_tokens = body.max_completion_tokens.or(body.max_tokens);
     let template = read(app, body.common(), max_new_tokens, wanted, NAMES)?;
     let batch = Batch {
-        // The template wrote the model's own tokens already.
-        requests: vec![template.with(Prompt::Text {
-            text,
-            add_special: false,
-        })],
+        requests: vec![template.with(prompt)],
         copies: template.n,
         field: "n",
         method: "chat_completions",
@@ -178,7 +173,7 @@ fn events(
 }
 
 /// The prompt that a body's conversation becomes.
-pub fn prompt(app: &App, body: &ChatBody) -> Result<String, ApiError> {
+pub fn prompt(app: &App, body: &ChatBody) -> Result<Prompt, ApiError> {
     if body.tools.as_ref().is_some_and(|tools| !is_nothing(tools)) {
         return Err(unsupported("tools", "answers cannot call tools yet"));
     }
@@ -195,66 +190,9 @@ pub fn prompt(app: &App, body: &ChatBody) -> Result<String, ApiError> {
             "`messages` is empty; send at least one",
         ));
     }
-    let messages = body
-        .messages
-        .iter()
-        .map(message)
-        .collect::<Result<Vec<Value>, ApiError>>()?;
-    Ok(app
-        .templates
-        .render(&Value::Array(messages), true, unix_seconds())?)
+    conversation(app, &body.messages)
 }
 
-fn is_nothing(value: &Value) -> bool {
+pub(super) fn is_nothing(value: &Value) -> bool {
     value.is_null() || value.as_array().is_some_and(Vec::is_empty)
-}
-
-fn message(message: &ChatMessage) -> Result<Value, ApiError> {
-    if message
-        .tool_calls
-        .as_ref()
-        .is_some_and(|calls| !is_nothing(calls))
-    {
-        return Err(unsupported(
-            "tool_calls",
-            "conversations cannot hold tool calls yet",
-        ));
-    }
-    let content = match &message.content {
-        Some(Content::Text(text)) => text.clone(),
-        Some(Content::Parts(parts)) => parts
-            .iter()
-            .map(text_part)
-            .collect::<Result<String, ApiError>>()?,
-        None => {
-            let error = format!(
-                "a message of role `{}` has no `content`; send a text",
-                message.role
-            );
-            return Err(ApiError::field("messages", error));
-        }
-    };
-    let mut value = json!({"role": message.role, "content": content});
-    if let Some(name) = &message.name {
-        value["name"] = Value::from(name.as_str());
-    }
-    Ok(value)
-}
-
-fn text_part(part: &Value) -> Result<&str, ApiError> {
-    match part.get("type").and_then(Value::as_str) {
-        Some("text") => part.get("text").and_then(Value::as_str).ok_or_else(|| {
-            ApiError::field(
-                "messages",
-                "a content part of type `text` has no `text`; send a string",
-            )
-        }),
-        kind => Err(unsupported(
-            "messages",
-            &format!(
-                "a content part has type `{}` and this model reads text only",
-                kind.unwrap_or("none")
-            ),
-        )),
-    }
 }

@@ -3,6 +3,7 @@
 pub mod answers;
 pub mod chat;
 pub mod completions;
+mod conversation;
 mod fields;
 pub mod models;
 mod streams;

@@ -200,7 +200,7 @@ pub struct StreamOptions {
 pub struct ChatMessage {
     /// "system", "user", "assistant", or what the model's template knows.
     pub role: String,
-    /// Its text, or parts of type "text".
+    /// Its text, or parts of it and images.
     pub content: Option<Content>,
     /// Who speaks, where the template knows names.
     pub name: Option<String>,
@@ -217,6 +217,6 @@ pub struct ChatMessage {
 pub enum Content {
     /// Plain text.
     Text(String),
-    /// Parts; those of type "text" are joined, others are refused.
+    /// Parts of type "text", and of type "image_url" for models that take images; `detail` has no effect.
     Parts(Vec<Value>),
 }

@@ -30,7 +30,7 @@ pub async fn chat_tokenize(
     State(app): State<App>,
     JsonBody(body): JsonBody<ChatBody>,
 ) -> Result<Json<ChatTokenizeAnswer>, ApiError> {
-    let templated_text = chat::prompt(&app, &body)?;
+    let templated_text = chat::prompt(&app, &body)?.text().to_owned();
     let tokenize_response = simple_tokens(&app, templated_text.clone(), false).await?;
     Ok(Json(ChatTokenizeAnswer {
         tokenize_response,
