@@ -1,6 +1,5 @@
 """DBRX: layer norms without bias, query, key and value clipped, and experts that lie below each other in three tensors."""
 
-from kvrun.errors import Unsupported
 from kvrun.spec import (
     Attention,
     Config,
@@ -27,9 +26,8 @@ EPS = 1e-5  # of torch's layer norm; no config says it
 def dbrx(c: Config) -> Model:
     """DBRX 132B."""
     attend, feed = c.within("attn_config"), c.within("ffn_config").otherwise(moe_normalize_expert_weights=1.0)
+    feed.only("moe_normalize_expert_weights", None, 1.0)  # the power of the norm that they are divided by
     heads, head_dim, power = c.num_attention_heads, c.hidden_size // c.num_attention_heads, feed.get("moe_normalize_expert_weights")
-    if power not in (None, 1, 1.0):
-        raise Unsupported(f"{c.where}: expert weights normalised by the {power}-norm are not served, known is 1")
     attention = Attention(
         heads,
         attend.get("kv_n_heads", 1),

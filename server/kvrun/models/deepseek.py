@@ -73,11 +73,11 @@ def feed(c: Config, i: int, router: Router) -> list[Mixer]:
 def attend(c: Config) -> LatentAttention:
     """The attention of any layer."""
     plain, rotated, value, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-    bias, rank = c.get("attention_bias", False), c.get("q_lora_rank")
+    bias, narrow = c.get("attention_bias", False), c.get("q_lora_rank")
     query: Fused | LowRank = linear("self_attn.q_proj")
-    if rank is not None:
+    if narrow is not None:
         norm = RmsNorm("self_attn.q_a_layernorm", LATENT_EPS)
-        query = LowRank(rank, linear("self_attn.q_a_proj", bias=bias), norm, linear("self_attn.q_b_proj"))
+        query = LowRank(narrow, linear("self_attn.q_a_proj", bias=bias), norm, linear("self_attn.q_b_proj"))
     return LatentAttention(
         c.num_attention_heads,
         plain,

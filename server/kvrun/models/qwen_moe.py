@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from kvrun.errors import Unsupported
 from kvrun.models import mixtral, olmo2, qwen2, qwen3
 from kvrun.models.llama import attention, feed_forward
 from kvrun.spec import (
@@ -42,8 +41,7 @@ def qwen3_moe(c: Config) -> Model:
 @architecture("OlmoeForCausalLM")
 def olmoe(c: Config) -> Model:
     """OLMoE: OLMo 2's attention, Llama's norms."""
-    if c.get("clip_qkv") is not None:
-        raise Unsupported(f"{c.where}: clip_qkv={c.clip_qkv} would cut queries and keys after they are normalised, which is not served")
+    c.only("clip_qkv", None)  # it would cut queries and keys after they are normalised
     return mixtral.decoder(c, lambda i: olmo2.attend(c), lambda i: [experts(c, softmax(c), c.intermediate_size)])
 
 
