@@ -64,7 +64,7 @@ class LoraBatch:
                 continue
             first, mine = int(bounds[group]), owners[bounds[group] : bounds[group + 1]]
             for updates, start, stop in segments.parts:
-                begin, end = np.searchsorted(mine, (start, stop)).tolist()
+                begin, end = int(np.searchsorted(mine, start)), int(np.searchsorted(mine, stop))
                 if begin < end:
                     parts.append((updates, first + begin, first + end))
         if parts:

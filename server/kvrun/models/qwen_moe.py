@@ -20,7 +20,8 @@ from kvrun.spec import (
     linear,
 )
 
-EXPERTS = EachExpert(*(f"mlp.experts.{{e}}.{name}_proj" for name in ("gate", "up", "down")), together="mlp.experts")
+AT = "mlp.experts.{e}"
+EXPERTS = EachExpert(f"{AT}.gate_proj", f"{AT}.up_proj", f"{AT}.down_proj", together="mlp.experts")
 
 
 @architecture("Qwen2MoeForCausalLM")
