@@ -260,6 +260,10 @@ impl Ledger {
                 None => return Err(Breach::Rule(format!("sequence {id}: no adapter {handle}"))),
             },
         };
+        let root = match admit.long {
+            true => tokens::root_of_long(root),
+            false => root,
+        };
         let beside = Beside::of(admit, &self.sizes)?;
         for &page in &beside.pages {
             rule!(

@@ -126,6 +126,8 @@ pub enum PlantedBug {
     PublishUnacked,
     /// Prefix keys do not say under which adapter a page was written.
     KeyWithoutAdapter,
+    /// Prefix keys do not say whether a page was written for a long sequence.
+    KeyWithoutLength,
     /// Outcomes of an old epoch are taken for the current one.
     AcceptStale,
     /// Prefix keys do not say which images a page was written for.

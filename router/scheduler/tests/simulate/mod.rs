@@ -65,6 +65,11 @@ fn a_prefix_shared_across_adapters_is_found() {
 }
 
 #[test]
+fn a_prefix_shared_between_long_and_short_is_found() {
+    is_found(PlantedBug::KeyWithoutLength);
+}
+
+#[test]
 fn a_token_from_an_old_epoch_is_found() {
     is_found(PlantedBug::AcceptStale);
 }

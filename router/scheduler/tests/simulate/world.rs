@@ -195,6 +195,14 @@ impl World {
         }
     }
 
+    fn long_after(&self) -> u32 {
+        self.sizes.positions / 2
+    }
+
+    fn is_long(&self, request: &Request) -> bool {
+        request.prompt.len() as u32 + request.max_new_tokens > self.long_after()
+    }
+
     fn begin(&mut self) -> Result<(), String> {
         self.epoch += self.rng.random_range(1..3);
         let mut sizes = self.sizes;
@@ -212,6 +220,7 @@ impl World {
                 page_tokens: sizes.page_tokens,
                 vocabulary: VOCABULARY,
                 positions: sizes.positions,
+                long_after: self.long_after(),
                 ..self.kind.model()
             },
         };

@@ -122,6 +122,7 @@ impl Beside {
         request: &Request,
         digest: &str,
         sampling: &kvrun_proto::Sampling,
+        long: bool,
     ) -> Vec<u32> {
         let seen = |picture: u8| tokens::seen(&[picture]);
         let looked_at = self.images.iter().map(|(_, (picture, _))| seen(*picture));
@@ -134,7 +135,11 @@ impl Beside {
                 .chain(looked_at)
                 .collect(),
         };
-        let mut chain = tokens::root_beside(tokens::root(digest), &memory);
+        let root = match long {
+            true => tokens::root_of_long(tokens::root(digest)),
+            false => tokens::root(digest),
+        };
+        let mut chain = tokens::root_beside(root, &memory);
         for (position, &id) in (0..).zip(request.prompt.iter()) {
             let here = |(start, (_, tokens)): &&(u32, (u8, u32))| {
                 (*start..start + tokens).contains(&position)

@@ -39,6 +39,9 @@ impl World {
                     "a prefix was reused against the wish"
                 );
                 self.seen.cached_tokens += u64::from(cached_tokens);
+                if self.is_long(&client.request) {
+                    self.seen.cached_long += u64::from(cached_tokens);
+                }
                 let images = client.request.images.iter();
                 self.seen.cached_images +=
                     images.filter(|image| image.end() <= cached_tokens).count() as u64;
@@ -60,6 +63,7 @@ impl World {
                         &client.request,
                         digest,
                         &client.sampling,
+                        self.is_long(&client.request),
                     ));
                 }
                 let place = client.got.len();

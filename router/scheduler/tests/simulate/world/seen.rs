@@ -20,6 +20,7 @@ pub struct Seen {
     pub(super) memories: u64,
     pub(super) images: u64,
     pub(super) cached_images: u64,
+    pub(super) cached_long: u64,
     pub(super) indivisible: u64,
     pub(super) unanswered_loads: u64,
     pub(super) kept_out: u64,
@@ -38,7 +39,7 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 21] {
+    fn all(&mut self) -> [&mut u64; 22] {
         [
             &mut self.steps,
             &mut self.finished,
@@ -57,6 +58,7 @@ impl Seen {
             &mut self.memories,
             &mut self.images,
             &mut self.cached_images,
+            &mut self.cached_long,
             &mut self.indivisible,
             &mut self.unanswered_loads,
             &mut self.kept_out,
@@ -64,7 +66,7 @@ impl Seen {
         ]
     }
 
-    fn values(&self) -> [u64; 21] {
+    fn values(&self) -> [u64; 22] {
         [
             self.steps,
             self.finished,
@@ -83,6 +85,7 @@ impl Seen {
             self.memories,
             self.images,
             self.cached_images,
+            self.cached_long,
             self.indivisible,
             self.unanswered_loads,
             self.kept_out,
