@@ -30,7 +30,15 @@ class PerHead:
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See HeadsNorm."""
-        return _each(q, self.query, self.query_scale), _each(k, self.key, self.key_scale)
+        return self.queries(q), self.keys(k)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """q [T, heads, dim] -> the same, a new tensor"""
+        return _each(q, self.query, self.query_scale)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """k [T, kv_heads, dim] -> the same, a new tensor"""
+        return _each(k, self.key, self.key_scale)
 
 
 def _each(x: Tensor, norm: Norm, scale: Tensor | None) -> Tensor:
@@ -63,9 +71,9 @@ class Projection:
 
 def heads_norm(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, parts: Parts) -> HeadsNorm:
     """The normalisation of an attention's queries and keys on this rank."""
-    sides = _vectors(parts.tables, "query"), _vectors(parts.tables, "key")
     if isinstance(norm, HeadNorm):
-        return PerHead(norm_of(norm.query, sides[0]), norm_of(norm.key, sides[1]))
+        return per_head(norm, parts.tables)
+    sides = vectors_of(parts.tables, "query"), vectors_of(parts.tables, "key")
     if isinstance(norm, ProjectionNorm):
         dim, group = mixer.head_dim, mixer.heads // mixer.kv_heads
         return Projection(
@@ -78,8 +86,13 @@ def heads_norm(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, parts: Pa
             norm.key.eps,
             parts.shared.group,
         )
-    bare = (norm_of(_bare(side), {}) for side in (norm.query, norm.key))
-    return PerHead(*bare, _each_head(sides[0], share.query), _each_head(sides[1], share.kv))
+    query, key = (norm_of(_bare(side), {}) for side in (norm.query, norm.key))
+    return PerHead(query, key, _each_head(sides[0], share.query), _each_head(sides[1], share.kv))
+
+
+def per_head(norm: HeadNorm, tables: Mapping[str, Tensor]) -> PerHead:
+    """The normalisation of every head with the same vectors, from tables named "query.weight" and so on."""
+    return PerHead(norm_of(norm.query, vectors_of(tables, "query")), norm_of(norm.key, vectors_of(tables, "key")))
 
 
 def _each_head(vectors: Mapping[str, Tensor], held: Span) -> Tensor:
@@ -94,5 +107,6 @@ def _bare(norm: spec.Norm) -> spec.Norm:
     return spec.LayerNorm(norm.name, norm.eps, weight=False, bias=False)
 
 
-def _vectors(tables: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+def vectors_of(tables: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+    """The tables whose names begin with `side` and a dot, by the rest of their names."""
     return {name.removeprefix(f"{side}."): table for name, table in tables.items() if name.startswith(f"{side}.")}

@@ -9,7 +9,6 @@ import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
-from kvrun.errors import Unsupported
 from kvrun.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RelativeBias, Rope, TwoSidedBias, YarnScaling
 from kvrun.spec.positions import RopeScaling
 
@@ -96,12 +95,6 @@ def _(scaling: YarnScaling, plain: Tensor, rope: Rope) -> Rotation:
     width = high - low or 1e-3
     stretched = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return torch.lerp(plain, plain / scaling.factor, stretched), scaling.attention_factor
-
-
-@_scaled.register
-def _(scaling: LongRopeScaling, plain: Tensor, rope: Rope) -> tuple[Tensor, float]:
-    # Which of the two tables holds depends on a sequence's final length, which a batch does not carry yet.
-    raise Unsupported("rope scaling longrope is not served; known are default, linear, dynamic, llama3, yarn")
 
 
 def alibi_slopes(heads: int) -> Tensor:
