@@ -48,6 +48,7 @@ impl Work<'_> {
     pub fn inspection(&self, served: &Served) -> Result<Inspection, Failure> {
         let shards = self.settings.shards.to_string();
         let dtype = self.settings.dtype.name();
+        let quantize = self.settings.quantize.map(|format| format.name());
         let adapters = commands::adapter_list(served);
         let mut args: Vec<&OsStr> =
             vec!["inspect".as_ref(), served.model.as_ref(), "--json".as_ref()];
@@ -59,6 +60,9 @@ impl Work<'_> {
         ]);
         if !adapters.is_empty() {
             args.extend([OsStr::new("--lora"), &adapters]);
+        }
+        if let Some(format) = &quantize {
+            args.extend([OsStr::new("--quantize"), format.as_ref()]);
         }
         let text = self.answer(
             "inspect",

@@ -116,7 +116,8 @@ fn every_long_flag_known_elsewhere_has_its_variable() {
 #[test]
 fn quantize_takes_the_names_known_elsewhere() {
     for name in
-        "awq compressed-tensors eetq gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8"
+        "awq compressed-tensors eetq gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8 \
+         int8 int4"
             .split(' ')
     {
         let settings = check(&["--model-id", "m", "--quantize", name]).expect(name);

@@ -37,7 +37,7 @@ def serve(argv: Sequence[str]) -> int:
     from kvrun.rpc.service import Identity
 
     log.configure(as_json=config.json_output, rank=config.rank)
-    identity = Identity(config.model_id, config.rank, config.world_size, config.quantize or "")
+    identity = Identity(config.model_id, config.rank, config.world_size)
     return process.run(config.uds_path, identity, config.death_fd, lambda: _load(config))
 
 

@@ -19,6 +19,7 @@ from kvrun import models
 from kvrun.errors import AdapterError, ConfigError, FilesError, KvrunError
 from kvrun.spec import Config
 from kvrun.weights.checkpoint import Checkpoint
+from kvrun.weights.held import weight_bytes
 from kvrun.weights.plan import plan_model
 from kvrun.weights.split import Split
 
@@ -64,14 +65,14 @@ class Inspection:
     adapters: list[AdapterFacts]
 
 
-def inspect(folder: Path, adapters: dict[str, Path], dtype: str = "auto", world: int = 1) -> Inspection:
+def inspect(folder: Path, adapters: dict[str, Path], dtype: str = "auto", world: int = 1, quantize: str | None = None) -> Inspection:
     """Read all headers. ConfigError or FilesError names the file at fault and the cure."""
-    model = inspect_model(folder, dtype, world)
+    model = inspect_model(folder, dtype, world, quantize)
     return Inspection(model, [inspect_adapter(name, path, model.dtype) for name, path in adapters.items()])
 
 
-def inspect_model(folder: Path, dtype: str = "auto", world: int = 1) -> ModelFacts:
-    """A model folder as `world` ranks would hold it."""
+def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: str | None = None) -> ModelFacts:
+    """A model folder as `world` ranks would hold it, in the format of `quantize` or its own."""
     if not folder.is_dir():
         raise FilesError(f"{folder} is not a folder; name the folder that holds config.json and *.safetensors")
     config, model = models.read(folder)
@@ -83,11 +84,8 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1) -> ModelFac
     plans = [plan_model(model, Split(rank, world)) for rank in range(world)]
     token = max(sum(shape.elements for shape in plan.pages) for plan in plans)  # numbers that one token leaves in pages
     file_bytes = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.entries.values()})
-    if config.get("quantization_config"):
-        # Packed weights stay packed: what the files hold is what the ranks share.
-        rank_bytes = math.ceil(file_bytes / world)
-    else:
-        rank_bytes = max(plan.elements for plan in plans) * ITEM_BYTES[computed]
+    weights = config.get("quantization_config") or config.get("compression_config")
+    rank_bytes = max(weight_bytes(plan, ITEM_BYTES[computed], quantize, weights) for plan in plans)
     return ModelFacts(
         folder=str(folder),
         architecture=config.architecture,
@@ -153,18 +151,19 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`inspect MODEL_DIR [--lora name=folder;...] [--dtype D] [--world-size N] [--json]`; returns the exit code."""
+    """`inspect MODEL_DIR [--lora name=folder;...] [--dtype D] [--world-size N] [--quantize F] [--json]`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="text-generation-server inspect", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="MODEL_DIR")
     parser.add_argument("--lora", default="", help="adapters, as name=folder;name=folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", *ITEM_BYTES])
     parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--quantize", help="the format that the weights will be served in; their own when absent")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     try:
         if args.world_size < 1:
             raise ConfigError(f"--world-size {args.world_size}: there must be one rank at least")
-        found = inspect(args.folder, _adapter_list(args.lora), args.dtype, args.world_size)
+        found = inspect(args.folder, _adapter_list(args.lora), args.dtype, args.world_size, args.quantize)
     except KvrunError as error:
         # An adapter that is named at the start and cannot be served is a file at fault.
         print(error, file=sys.stderr)

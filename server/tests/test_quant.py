@@ -1,5 +1,6 @@
 """Weights in every format stand for what their package says they do, on any rank, and adapters go on top of them."""
 
+import json
 import logging
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from adapters import ALL_LLAMA, likeliest, write_adapter
 from driver import Driver, Ranks
 from kvrun.dist import Group
 from kvrun.errors import Unsupported
+from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
 from kvrun.nn.linear import Linear
 from kvrun.nn.loaded import LoadedModel
@@ -192,6 +194,21 @@ def test_what_the_checkpoint_says_and_what_is_asked_must_agree(quantized, plain)
         load_model(plain, quantize="gptq")
     with pytest.raises(Unsupported, match=r"--quantize int3 is not known; known are awq, bitsandbytes,"):
         load_model(plain, quantize="int3")
+
+
+@pytest.mark.parametrize("name", ["gptq2", "gptq4", "gptq8", "awq_gemm", "packed8", "fp8_block", "bnb_nf4"])
+def test_what_a_checkpoint_will_take_is_known_from_its_headers(name, quantized):
+    folder = quantized(name)
+    model = load_model(folder, dtype="float32")
+    assert model.quantize == json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert inspect_model(folder, "float32").rank_weight_bytes == pytest.approx(model.weight_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("quantize", MADE)
+def test_what_a_format_made_at_load_will_take_is_known_from_headers(quantize, plain):
+    model = load_model(plain, dtype="float32", quantize=quantize)
+    assert model.quantize == quantize and model.weight_bytes < load_model(plain, dtype="float32").weight_bytes / 1.8
+    assert inspect_model(plain, "float32", quantize=quantize).rank_weight_bytes == pytest.approx(model.weight_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("method", UNREAD)

@@ -111,6 +111,10 @@ pub enum Quantize {
     BitsandbytesNf4,
     BitsandbytesFp4,
     Fp8,
+    /// kv.run's own, made at load: a scale for each output
+    Int8,
+    /// kv.run's own, made at load: a scale for each 32 inputs
+    Int4,
 }
 
 macro_rules! named_as_on_the_command_line {

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
+from kvrun.engine.looked import LookedImages
 from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampler import Choice, alternatives, sample
 from kvrun.engine.sampling import Sampling, TokenLogprob
@@ -74,6 +75,8 @@ class Engine:
         sequence = Sequence(Admit(0, ids, len(ids), Sampling(), 0), None)
         sequence.append_pages([0])
         sequence.slot = 0 if model.slot_shapes else None
+        if model.sight is not None and model.spec.images is not None and model.spec.images.memory:
+            sequence.images = LookedImages((), model.sight, len(ids), (), self.page_tokens)
         if model.encoder is not None:
             sequence.source = Source(sequence.ids, np.array([1], np.int32))
             model.encode(batches.read([sequence], self.page_tokens, self.adapters), pool)
@@ -98,10 +101,11 @@ class Engine:
             "page_tokens": self.page_tokens,
             "state_kinds": model.state_kinds,
             "decoder_start": model.spec.start,
+            "quantize": model.quantize,
             "weight_bytes": model.weight_bytes,
             "parameters": model.parameters,
             "lora_targets": targets(model.linears, model.decoder.embed),
-            "images": None if model.sight is None else model.sight.rule(),
+            "images": None if model.sight is None else model.sight.rule(self.page_tokens),
         }
 
     def reserve(self, pages: int, step_tokens: int, sequences: int, adapter_bytes: int) -> Grant:
@@ -178,11 +182,13 @@ class Engine:
             self.model.encode(batches.read(sources, self.page_tokens, self.adapters), self._pool)
 
     def _look(self, work: list[Work]) -> None:
-        """Encode the images that rows show first. One that cannot be shown fails its sequence and no other."""
+        """Encode the images that rows show or look at first. One that cannot be shown fails its sequence and no other."""
+        assert self._pool is not None
         for row, sequence in work:
             if sequence.images is not None and not sequence.error:
                 try:
-                    sequence.images.look(row.start, row.start + row.tokens, sequence.ids)
+                    for rows, slots in sequence.images.look(row.start, row.start + row.tokens, sequence.ids):
+                        self.model.remember(rows, slots, self._pool)
                 except ImageError as error:
                     sequence.error = f"bad_image: {error}"
 

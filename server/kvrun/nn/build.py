@@ -36,6 +36,7 @@ from kvrun.spec import PostNorm as SpecPostNorm
 from kvrun.spec import mixers as spec_mixers
 from kvrun.spec import norms as spec_norms
 from kvrun.weights.checkpoint import Checkpoint
+from kvrun.weights.held import method
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import Naming, probe
 from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, plan_model, plan_norm
@@ -63,7 +64,8 @@ def load_model(
         raise DeviceError(f"device {device} was asked for, this version computes on cpu; use --device cpu")
     group = group or Group.single()
     config, model = models.read(folder)
-    weights = choose(quantize, config.get("quantization_config") or config.get("compression_config"))
+    stored = config.get("quantization_config") or config.get("compression_config")
+    weights = choose(quantize, stored)
     checkpoint = Checkpoint.open(folder)
     loader = Loader(checkpoint, probe(model, checkpoint.entries))
     plan = plan_model(model, Split(group.rank, group.world, weights.unit))
@@ -83,6 +85,7 @@ def load_model(
         decoder=decoder,
         encoder=encoder,
         sight=sight,
+        readers=tuple(build.shared.readers),
         linears=build.linears,
         page_shapes=build.shared.pages.shapes,
         slot_shapes=build.shared.slots,
@@ -92,7 +95,8 @@ def load_model(
         end_tokens=config.end_tokens,
         dtype=chosen,
         device=device,
-        weight_bytes=build.elements * chosen.itemsize,
+        quantize=method(quantize, stored),
+        weight_bytes=build.elements * chosen.itemsize - sum(build.saved),
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         digest=checkpoint.digest,
     )
@@ -127,6 +131,7 @@ class _Build:
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
         self.hidden = model.decoder.embed.hidden
+        self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
         self._whole = False  # whether what it makes is whole on every rank
 
     @property
@@ -218,7 +223,7 @@ class _Build:
         after = residuals[0].after
         return Residual(branches, group, None if after is None else self.norm(after, at), residuals[0].scale)
 
-    def norm(self, norm: spec_norms.Norm, at: str) -> Norm:
+    def norm(self, norm: spec_norms.Norm | spec_norms.Gate, at: str) -> Norm:
         """A norm of the width of these layers."""
         return self._narrowed(norm_of(norm, self.tables(plan_norm(norm, at, self.hidden))))
 
@@ -251,7 +256,10 @@ class _Build:
         for cut in plan.cuts:
             weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
-        return build_weight(parts, plan.in_features, self.shared.dtype)
+        weight = build_weight(parts, plan.in_features, self.shared.dtype)
+        if not isinstance(weight, DenseLinear):
+            self.saved.append(plan.out_features * plan.in_features * self.shared.dtype.itemsize - weight.nbytes)
+        return weight
 
 
 def _sources(plan: LinearPlan, stored: Naming) -> tuple[Source, ...]:

@@ -11,6 +11,7 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear
+from kvrun.nn.step import Reader
 from kvrun.nn.vision.sight import Sight
 from kvrun.spec import Config, Model
 from kvrun.state.pages import KvPages, page_bytes
@@ -29,6 +30,7 @@ class LoadedModel:
     decoder: Decoder
     encoder: Encoder | None
     sight: Sight | None  # None: it takes text only
+    readers: tuple[Reader, ...]  # the mixers that look at a memory
     linears: list[Linear]  # every linear an adapter may change; linear i has site i
     page_shapes: list[PageShape]  # one per layer of the page pool
     slot_shapes: list[SlotShape]  # one per array of a recurrent state
@@ -38,6 +40,7 @@ class LoadedModel:
     end_tokens: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    quantize: str  # the weights' format, "" for plain numbers
     weight_bytes: int  # of this rank
     parameters: int  # of the whole model
     digest: str
@@ -79,3 +82,8 @@ class LoadedModel:
         """Read whole sources into the pages of their memories. Every rank must call it alike."""
         assert self.encoder is not None, "only a model with an encoder is given sources"
         self.encoder.forward(batch, pool)
+
+    @torch.inference_mode()
+    def remember(self, features: Tensor, slots: Tensor, pool: Pool) -> None:
+        """Keep what every mixer that looks at images will want of one: features [n, width] · slots [n] int32 of its memory."""
+        self.decoder.remember(self.readers, features, slots, pool)

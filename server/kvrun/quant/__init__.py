@@ -6,10 +6,10 @@ from pkgutil import iter_modules
 from kvrun.quant.coded import build
 from kvrun.quant.dense import Dense, DenseLinear
 from kvrun.quant.format import Axes, LinearFormat, QuantizedLinear
-from kvrun.quant.grouped import grouped_matmul
+from kvrun.quant.grouped import GroupedWeights
 from kvrun.quant.registry import choose
 
 for _format in iter_modules(__path__):
     import_module(f"{__name__}.{_format.name}")
 
-__all__ = ["Axes", "Dense", "DenseLinear", "LinearFormat", "QuantizedLinear", "build", "choose", "grouped_matmul"]
+__all__ = ["Axes", "Dense", "DenseLinear", "GroupedWeights", "LinearFormat", "QuantizedLinear", "build", "choose"]

@@ -21,6 +21,11 @@ class CodedLinear:
         self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table)
         self._order, self._in_features = codes.order, in_features
 
+    @property
+    def nbytes(self) -> int:
+        """See QuantizedLinear."""
+        return self.packed.nbytes
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
         return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias)
@@ -41,6 +46,11 @@ class Stacked:
 
     def __init__(self, parts: Sequence[QuantizedLinear], sizes: Sequence[int]) -> None:
         self._parts, self._sizes = tuple(parts), list(sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """See QuantizedLinear."""
+        return sum(part.nbytes for part in self._parts)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""

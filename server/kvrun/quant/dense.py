@@ -38,6 +38,11 @@ class DenseLinear:
         """weight [out, in]; not kept beside its packed form."""
         self.packed = ops.pack_linear(weight.contiguous())
 
+    @property
+    def nbytes(self) -> int:
+        """See QuantizedLinear."""
+        return self.packed.nbytes
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
         return ops.linear(x, self.packed, bias)

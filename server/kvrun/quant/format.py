@@ -17,6 +17,10 @@ __all__ = ["WHOLE", "Axes", "Flat", "LinearFormat", "QuantizedLinear"]
 class QuantizedLinear(Protocol):
     """The weight of one linear on this rank, in whatever form it is multiplied with fastest."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> x @ dense().T + bias, [T, out], in x's dtype."""
 

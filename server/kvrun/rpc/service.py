@@ -32,7 +32,6 @@ class Identity:
     model_id: str
     rank: int
     world: int
-    quantize: str
 
 
 class Stream:
@@ -68,9 +67,7 @@ class ModelShard(rpc.ModelShardServicer):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """What this rank loaded."""
         engine, me = self._ready(context), self._identity
-        return pb.Description(
-            model_id=me.model_id, rank=me.rank, world=me.world, quantize=me.quantize, **engine.describe()
-        )
+        return pb.Description(model_id=me.model_id, rank=me.rank, world=me.world, **engine.describe())
 
     def Reserve(self, request: pb.ReserveRequest, context: grpc.ServicerContext) -> pb.Reservation:
         """Begin an epoch."""
