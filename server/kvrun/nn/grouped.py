@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvrun.nn.linear import Linear, LinearDelta
-from kvrun.quant import grouped_matmul
+from kvrun.quant import GroupedWeights
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,13 @@ class GroupedLinear:
     """Group g's rows times the transpose of linear g's weight, plus its bias, plus what the adapters of their tokens add."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self.linears = tuple(linears)
         self._sites = [linear.site for linear in linears]
-        self._weights = [linear.weight for linear in linears]
+        self._weights = GroupedWeights([linear.weight for linear in linears])
         self._biases = None if linears[0].bias is None else [b for linear in linears if (b := linear.bias) is not None]
 
     def __call__(self, x: Tensor, groups: Groups, lora: LinearDelta | None) -> Tensor:
         """x [rows, in_features] -> [rows, out_features]"""
-        y = grouped_matmul(x, self._weights, groups.offsets, self._biases)
+        y = self._weights.matmul(x, groups.offsets, self._biases)
         if lora is not None:
             lora.apply_grouped(self._sites, x, y, groups.offsets, groups.tokens)
         return y
