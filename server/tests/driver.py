@@ -87,9 +87,13 @@ class Driver:
         images: Sequence[Image] = (),
         source: Sequence[int] = (),
         long: bool = False,
+        looked_at: int = 0,
     ) -> None:
-        """Admit a sequence with the next step; it is released after `count` answer tokens, the committed ones among them."""
-        memory = self._memory[sequence] = [self.free.pop() for _ in range(-(-len(source) // self._page_tokens))]
+        """Admit a sequence with the next step; it is released after `count` answer tokens, the committed ones among them.
+
+        looked_at: tokens of memory for its images
+        """
+        memory = self._memory[sequence] = [self.free.pop() for _ in range(-(-(len(source) + looked_at) // self._page_tokens))]
         tokens, sampling = [*prompt, *committed], sampling or Sampling()
         self._admit.append(Admit(sequence, tokens, len(prompt), sampling, adapter, images, source, memory, long))
         self.answers[sequence], self.details[sequence], self.prompts[sequence] = list(committed), [], []

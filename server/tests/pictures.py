@@ -1,5 +1,6 @@
 """Small pictures, prompts that show them, and what transformers makes of both."""
 
+import json
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
@@ -71,16 +72,32 @@ class Oracle:
         import transformers
 
         self.model = oracle_model(folder)
-        kind = type(self.model).__name__.removesuffix("ForConditionalGeneration")
+        kind = type(self.model).__name__.removesuffix("ForConditionalGeneration").removesuffix("ForVisionText2Text")
+        added = json.loads((Path(folder) / "tokenizer.json").read_text())["added_tokens"]
+        self.tokens = {token["content"]: token["id"] for token in added}
         self.processor = getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(folder)
 
     def logits(self, tokens: Sequence[int], files: Sequence[bytes] = ()) -> torch.Tensor:
         """Of every token, [tokens, vocabulary]."""
-        inputs = {"input_ids": torch.tensor([list(tokens)])}
-        if files:
-            seen = self.processor(images=[pillow(data) for data in files], do_convert_rgb=True, return_tensors="pt")
-            inputs |= {name: tensor for name, tensor in seen.items() if name != "num_crops"}
-        if self.model.config.model_type == "gemma3":
-            inputs["token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).long()
+        ids, kind = torch.tensor([list(tokens)]), self.model.config.model_type
+        if kind == "idefics":
+            inputs = self._looked_at(ids, files)
+        else:
+            inputs = self.pixels(files) if files else {}
+            if kind == "gemma3":
+                inputs["token_type_ids"] = (ids == self.model.config.image_token_id).long()
         with torch.inference_mode():
-            return self.model(**inputs).logits[0]
+            return self.model(ids, **inputs).logits[0]
+
+    def pixels(self, files: Sequence[bytes]) -> dict[str, torch.Tensor]:
+        """What the model is given of images."""
+        seen = self.processor(images=[pillow(data) for data in files], do_convert_rgb=True, return_tensors="pt")
+        seen = {"pixel_values": seen} if isinstance(seen, torch.Tensor) else seen
+        return {name: tensor for name, tensor in seen.items() if name != "num_crops"}
+
+    def _looked_at(self, ids: torch.Tensor, files: Sequence[bytes]) -> dict[str, torch.Tensor]:
+        """Pixels, and which image each token looks at: the last before it."""
+        side, count = self.model.config.vision_config.image_size, max(len(files), 1)
+        seen = self.pixels(files)["pixel_values"] if files else torch.zeros(1, 3, side, side)
+        last = (ids == self.tokens["<image>"]).cumsum(1) - 1
+        return {"pixel_values": seen[None], "image_attention_mask": (last[..., None] == torch.arange(count)).long()}

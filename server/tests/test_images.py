@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 from driver import PAGE_TOKENS, Driver, Ranks
+from kvrun import models
 from kvrun.engine.images import Image as Shown
+from kvrun.engine.images import SequenceImages
 from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.errors import ProtocolError
+from kvrun.nn.build import load_model
 from kvrun.nn.loaded import LoadedModel
 from kvrun.nn.vision.sight import Sight
 from kvrun.rpc.pb import model_shard_pb2 as pb
+from kvrun.spec import Bounded, Residual
 from kvrun.vision.tiles import Size, count
-from pictures import Oracle, bomb, picture, pillow, prompt
+from pictures import Oracle, bomb, picture, prompt
 
-ROWS = ("llava_next", "llava_next_llama", "idefics2", "idefics2_whole", "gemma3_image")
+ROWS = ("llava_next", "llava_next_llama", "idefics2", "idefics2_whole", "gemma3_image", "idefics", "idefics_patches")
 CLOSE = 5e-4  # of the logits' standard deviation
 TIE = 2e-5  # of the same: closer than this, rounding decides which of two tokens is likelier
 PUBLISHED_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -72,15 +77,27 @@ def expected(oracle: Oracle, tokens: list[int], parts: list) -> torch.Tensor:
     return oracle.logits(tokens, [part for part in parts if isinstance(part, bytes)])
 
 
+def features_of(oracle: Oracle, data: bytes) -> torch.Tensor:
+    """What transformers makes of one image, [features, hidden]."""
+    seen = oracle.pixels([data])
+    with torch.inference_mode():
+        return torch.cat([part.flatten(0, -2) for part in oracle.model.model.get_image_features(**seen).pooler_output])
+
+
 def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return ((logits - reference).abs().max() / reference.std()).item()
+
+
+def looked_at(ranks: Ranks, images: list[Shown]) -> int:
+    """Tokens of memory that images take, by the published rule."""
+    return ranks.engines[0].describe()["images"]["memory"] * len(images)
 
 
 def logits_of(ranks: Ranks, prompts: list, heard: list, chunk: int = 512) -> list[torch.Tensor]:
     """The logits of every token of prompts that run together, each in chunks."""
     driver = Driver(ranks.step)
     for sequence, (tokens, images) in enumerate(prompts):
-        driver.add(sequence, tokens, 1, ALL, images=images)
+        driver.add(sequence, tokens, 1, ALL, images=images, looked_at=looked_at(ranks, images))
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
     while driver.running:
         heard.clear()
@@ -102,7 +119,7 @@ def test_logits_of_text_and_images_in_one_batch_equal_transformers(row, world, e
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 20])
-@pytest.mark.parametrize("row", ["llava_next", "idefics2"])
+@pytest.mark.parametrize("row", ["llava_next", "idefics2", "idefics"])
 def test_chunks_may_end_anywhere_in_an_image(row, chunk, engines, oracle, heard):
     ranks = engines(row)
     prompts = [prompt(ranks.engines[0].model.spec.images, parts) for parts in PARTS.values()]
@@ -113,23 +130,19 @@ def test_chunks_may_end_anywhere_in_an_image(row, chunk, engines, oracle, heard)
 @pytest.mark.parametrize("size", [(1, 70), (70, 1), (2, 2), (16, 16), (33, 47), (200, 31)])
 @pytest.mark.parametrize("row", ["llava_next", "idefics2_whole", "gemma3_image"])
 def test_features_of_odd_shapes_equal_transformers(row, size, engines, oracle):
-    data, other = picture(*size, seed=7), oracle(row)
-    ours = engines(row).engines[0].model.sight.features(data)
-    seen = other.processor(images=pillow(data), return_tensors="pt", do_convert_rgb=True)
-    seen.pop("num_crops", None)
-    with torch.inference_mode():
-        theirs = torch.cat([part.flatten(0, -2) for part in other.model.model.get_image_features(**seen).pooler_output])
-    assert distance(ours, theirs) < CLOSE
+    data = picture(*size, seed=7)
+    assert distance(engines(row).engines[0].model.sight.features(data), features_of(oracle(row), data)) < CLOSE
 
 
-@pytest.mark.parametrize("row", ["llava_next", "idefics2", "gemma3_image"])
+@pytest.mark.parametrize("row", ["llava_next", "idefics2", "gemma3_image", "idefics"])
 def test_an_answer_goes_on_behind_its_image_and_beside_other_rows(row, engines, oracle):
     ranks = engines(row)
     driver, spec = Driver(ranks.step), ranks.engines[0].model.spec.images
     prompts = {key: prompt(spec, parts) for key, parts in PARTS.items()}
     for sequence, (tokens, images) in enumerate(prompts.values()):
         # transformers takes every id that stands for an image to be one, so none may be sampled.
-        driver.add(sequence, tokens, 12, Sampling(suppressed=(spec.token,), suppressed_until=12), images=images)
+        chosen, beside = Sampling(suppressed=(spec.token,), suppressed_until=12), looked_at(ranks, images)
+        driver.add(sequence, tokens, 12, chosen, images=images, looked_at=beside)
         driver.turn()  # each joins rows that are already answering
     driver.run()
     for sequence, (key, (tokens, _)) in enumerate(prompts.items()):
@@ -138,6 +151,74 @@ def test_an_answer_goes_on_behind_its_image_and_beside_other_rows(row, engines, 
         likeliest = logits.index_fill(1, torch.tensor([spec.token]), -math.inf).max(-1).values
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert ((likeliest - chosen) / logits.std()).max() < TIE
+
+
+def seeing(change):
+    """The model with what it says of images changed."""
+    return lambda model: replace(model, images=change(model.images))
+
+
+def with_encoder(**fields):
+    return seeing(lambda images: replace(images, encoder=replace(images.encoder, **fields)))
+
+
+def with_blocks(change):
+    """Every mixer of the encoder's layers changed."""
+
+    def layer(old):
+        return replace(old, steps=tuple(Residual(step.norm, *map(change, step.mixers)) for step in old.steps))
+
+    return seeing(lambda images: replace(images, encoder=replace(images.encoder, layers=tuple(map(layer, images.encoder.layers)))))
+
+
+def with_stage(number: int, change):
+    def staged(images):
+        stages = list(images.stages)
+        stages[number] = change(stages[number])
+        return replace(images, stages=tuple(stages))
+
+    return seeing(staged)
+
+
+def swapped(stored):
+    """Key and value change places."""
+    return replace(stored, names=(*stored.names[:-2], stored.names[-1], stored.names[-2]))
+
+
+MUTATIONS = {
+    "one layer less": ("llava_next", seeing(lambda i: replace(i, encoder=replace(i.encoder, layers=i.encoder.layers[:-1])))),
+    "no norm before the layers": ("llava_next", with_encoder(before=None)),
+    "no norm after the layers": ("gemma3_image", with_encoder(after=None)),
+    "another activation": ("llava_next", with_blocks(lambda m: replace(m, act="gelu") if hasattr(m, "act") else m)),
+    "another scale of scores": ("idefics2", with_blocks(lambda m: replace(m, scale=0.3) if hasattr(m, "heads") else m)),
+    "key and value swapped": ("gemma3_image", with_blocks(lambda m: replace(m, qkv=swapped(m.qkv)) if hasattr(m, "qkv") else m)),
+    "another filter": ("llava_next", seeing(lambda i: replace(i, pixels=replace(i.pixels, filter=2)))),
+    "another mean": ("idefics2", seeing(lambda i: replace(i, pixels=replace(i.pixels, mean=(0.48, 0.46, 0.41))))),
+    "a smaller longest edge": ("idefics2", seeing(lambda i: replace(i, cutting=replace(i.cutting, each=Bounded(9, 23))))),
+    "grids chosen otherwise": ("llava_next", seeing(lambda i: replace(i, cutting=replace(i.cutting, grids=((32, 32),))))),
+    "a weight's offset": ("gemma3_image", with_stage(1, lambda s: replace(s, norm=replace(s.norm, offset=0.0)))),
+    "one look of the latents less": ("idefics2", with_stage(1, lambda s: replace(s, layers=s.layers[:-1]))),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_sees(mutation, checkpoint, oracle, monkeypatch):
+    row, change = MUTATIONS[mutation]
+    honest = models.read(checkpoint(row))
+    broken = change(honest[1])
+    leftovers = (*broken.leftovers, "layernorm", "layrnorm", r"layers\.[1-9]\.")  # which its checkpoint has all the same
+    monkeypatch.setattr(models, "read", lambda folder: (honest[0], replace(broken, leftovers=leftovers)))
+    ours = load_model(checkpoint(row), dtype="float32").sight.features(WIDE)
+    theirs = features_of(oracle(row), WIDE)
+    assert ours.shape != theirs.shape or distance(ours, theirs) > CLOSE
+
+
+def test_the_comparison_sees_tokens_of_an_image_that_look_back_only(engines, oracle, heard, monkeypatch):
+    ranks, parts = engines("gemma3_image"), PARTS["one image"]
+    monkeypatch.setattr(SequenceImages, "together", False)
+    tokens, images = prompt(ranks.engines[0].model.spec.images, parts)
+    (logits,) = logits_of(ranks, [(tokens, images)], heard)
+    assert distance(logits, expected(oracle("gemma3_image"), tokens, parts)) > CLOSE
 
 
 def test_the_tokens_of_an_image_must_be_computed_together_where_they_see_each_other(engines):

@@ -53,6 +53,10 @@ class Memory(Protocol):
     def reach(self) -> Tensor:
         """[T] int32: the last token of its memory that each token sees"""
 
+    @property
+    def query_start(self) -> Tensor | None:
+        """[N + 1] int32: the tokens that see memory n, where that is not row n's; None = row n's"""
+
 
 @dataclass(frozen=True)
 class Scores:

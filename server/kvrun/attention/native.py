@@ -35,7 +35,8 @@ class NativeStep:
         """See AttentionStep."""
         memory = self.batch.memory
         assert memory is not None, "a model that reads a source has memory for every row"
-        pool, start = self.kv.layers[layer], self.batch.query_start
+        pool = self.kv.layers[layer]
+        start = self.batch.query_start if memory.query_start is None else memory.query_start
         return ops.paged_attention(q, pool, start, memory.contexts, memory.page_table, scores.scale, reach=memory.reach)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kvrun.engine import images
 from kvrun.engine.images import Chunk
+from kvrun.engine.looked import LookedImages, looked_at
 from kvrun.engine.sequence import Row, Sequence
 from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.batch import ForwardBatch, MemoryRows, SlotRows
@@ -44,7 +45,7 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
         long=_long(sequences, counts),
         splice=spliced,
         reach=reach,
-        memory=_memory(sequences, counts),
+        memory=_memory(sequences, counts) or _looked(work),
         recurrent=_recurrent(sequences, starts),
     )
 
@@ -102,6 +103,15 @@ def _memory(sequences: Items[Sequence], counts: np.ndarray) -> MemoryRows | None
     contexts = np.fromiter((len(source.ids) for source in sources), np.int32, len(sources))
     table = torch.from_numpy(_table([source.pages for source in sources]))
     return MemoryRows(torch.from_numpy(contexts), table, _int32(np.repeat(contexts - 1, counts)))
+
+
+def _looked(work: Items[Work]) -> MemoryRows | None:
+    parts = [
+        (row.start, row.start + row.tokens, sequence.ids, sequence.images)
+        for row, sequence in work
+        if isinstance(sequence.images, LookedImages)
+    ]
+    return looked_at(parts) if parts else None
 
 
 def _recurrent(sequences: Items[Sequence], starts: np.ndarray) -> SlotRows | None:

@@ -23,7 +23,7 @@ from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, Seq
 from kvrun.engine.source import Source
 from kvrun.errors import ImageError, ProtocolError
 from kvrun.lora.adapter import targets
-from kvrun.lora.table import AdapterTable
+from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.loaded import LoadedModel
 from kvrun.state.pool import Pool
 
@@ -188,7 +188,8 @@ class Engine:
             if sequence.images is not None and not sequence.error:
                 try:
                     for rows, slots in sequence.images.look(row.start, row.start + row.tokens, sequence.ids):
-                        self.model.remember(rows, slots, self._pool)
+                        runs = [Run(0, len(rows), sequence.adapter)] if sequence.adapter else []
+                        self.model.remember(rows, slots, self._pool, self.adapters.batch(runs))
                 except ImageError as error:
                     sequence.error = f"bad_image: {error}"
 

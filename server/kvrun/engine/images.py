@@ -31,6 +31,13 @@ class Image:
         return self.at + self.tokens
 
 
+def in_order(images: Items[Image], prompt_tokens: int) -> None:
+    """Raises ProtocolError when images are out of order or of the prompt."""
+    ends = [0, *(image.end for image in images)]
+    if any(image.at < end or not image.tokens for image, end in zip(images, ends, strict=False)) or ends[-1] > prompt_tokens:
+        raise ProtocolError(f"its images must follow each other within the {prompt_tokens} tokens of its prompt")
+
+
 class Shown(NamedTuple):
     """Where a chunk of a sequence shows features of an image."""
 
@@ -44,11 +51,9 @@ class SequenceImages:
 
     def __init__(self, images: Items[Image], sight: Sight | None, prompt_tokens: int) -> None:
         """Raises ProtocolError when images are out of order or of the prompt, or the model takes none."""
-        ends = [0, *(image.end for image in images)]
         if images and sight is None:
             raise ProtocolError("it has images, and this model takes none")
-        if any(image.at < end or not image.tokens for image, end in zip(images, ends, strict=False)) or ends[-1] > prompt_tokens:
-            raise ProtocolError(f"its images must follow each other within the {prompt_tokens} tokens of its prompt")
+        in_order(images, prompt_tokens)
         self._sight = sight
         self._left = list(images)  # of which some id is not computed
         self._features: dict[int, tuple[np.ndarray, Tensor]] = {}  # by the index of an image's first id
@@ -58,8 +63,11 @@ class SequenceImages:
         """Whether an image's features see each other in both directions."""
         return self._sight is not None and self._sight.spec.together
 
-    def look(self, start: int, stop: int, ids: np.ndarray) -> None:
-        """Encode what the tokens from `start` to `stop` show first. Raises ImageError, and ProtocolError where they cut a whole."""
+    def look(self, start: int, stop: int, ids: np.ndarray) -> Items[tuple[Tensor, Tensor]]:
+        """Encode what the tokens from `start` to `stop` show first; nothing of it goes to pages.
+
+        Raises ImageError, and ProtocolError where they cut a whole.
+        """
         for image in self._left:
             if image.end <= start or image.at >= stop or self._sight is None:
                 continue
@@ -67,6 +75,7 @@ class SequenceImages:
                 raise ProtocolError(f"tokens {start} to {stop} cut an image at {image.at} to {image.end}, whose tokens see each other")
             if image.at not in self._features:
                 self._features[image.at] = self._encode(image, ids)
+        return ()
 
     def shown(self, start: int, stop: int) -> list[Shown]:
         """The features that tokens from `start` to `stop` show; `look` has encoded them."""

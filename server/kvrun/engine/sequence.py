@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvrun.engine.images import Image, SequenceImages
+from kvrun.engine.looked import LookedImages
 from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.engine.source import Source
 from kvrun.errors import ProtocolError
@@ -124,7 +125,7 @@ class Sequence:
         "source",
     )
 
-    def __init__(self, admit: Admit, adapter: Adapter | None, images: SequenceImages | None = None) -> None:
+    def __init__(self, admit: Admit, adapter: Adapter | None, images: SequenceImages | LookedImages | None = None) -> None:
         self.number = admit.sequence
         self.prompt_tokens = admit.prompt_tokens
         self.sampling = admit.sampling
@@ -208,8 +209,7 @@ class SequenceTable:
         if largest >= self._vocabulary:
             raise ProtocolError(f"{who}: token id {largest} is not below the vocabulary of {self._vocabulary}")
         try:
-            images = SequenceImages(admit.images, self._sight, admit.prompt_tokens) if admit.images else None
-            sequence = Sequence(admit, adapter, images)
+            sequence = Sequence(admit, adapter, self._images(admit))
             sequence.source = self._source(admit)
         except ProtocolError as error:
             raise ProtocolError(f"{who}: {error}") from error
@@ -219,6 +219,11 @@ class SequenceTable:
             sequence.slot = heapq.heappop(self._slots)
         self._sequences[admit.sequence] = sequence
         return sequence
+
+    def _images(self, admit: Admit) -> SequenceImages | LookedImages | None:
+        if self._sight is not None and self._sight.spec.memory:
+            return LookedImages(admit.images, self._sight, admit.prompt_tokens, admit.memory_pages, self._page_tokens)
+        return SequenceImages(admit.images, self._sight, admit.prompt_tokens) if admit.images else None
 
     def _source(self, admit: Admit) -> Source | None:
         if self._start is None:

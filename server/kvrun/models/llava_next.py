@@ -14,6 +14,7 @@ from kvrun.spec import (
     PictureEncoder,
     Pixels,
     Tiles,
+    WithoutFirst,
     architecture,
     image_processor,
     linear,
@@ -63,7 +64,7 @@ def _images(c: Config, hidden: int) -> Images:
         cutting=tiles,
         pixels=_pixels(c),
         encoder=tower,
-        stages=(Feed(project, width, hidden),),
+        stages=(*_patches_only(tower), Feed(project, width, hidden)),
     )
 
 
@@ -80,6 +81,10 @@ def _tower(c: Config) -> PictureEncoder:
     strategy = "full" if tower.patches.first is None else "default"
     c.otherwise(vision_feature_select_strategy="default").only("vision_feature_select_strategy", strategy)
     return tower
+
+
+def _patches_only(tower: PictureEncoder) -> tuple[WithoutFirst, ...]:
+    return () if tower.patches.first is None else (WithoutFirst(),)
 
 
 def _pixels(c: Config) -> Pixels:

@@ -18,6 +18,7 @@ class MemoryRows:
     contexts: Tensor  # [N] int32, tokens of each memory
     page_table: Tensor  # [N, M] int32
     reach: Tensor  # [T] int32, the last token of its memory that each token sees
+    query_start: Tensor | None = None  # [N + 1] int32, where it is not rows but runs of tokens within them that see one memory
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvrun.attention.backend import AttentionBackend
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.embedding import Embedding, Head
+from kvrun.nn.linear import LinearDelta
 from kvrun.nn.positions import RotaryTable
 from kvrun.nn.residual import PostNorm, Residual
-from kvrun.nn.step import ForwardStep, RecurrentStep
+from kvrun.nn.step import ForwardStep, Reader, RecurrentStep
 from kvrun.state.pool import Pool
 
 
@@ -44,3 +47,11 @@ class Decoder:
         for residual in self.residuals:
             residual(x, step)
         return self.head(x[batch.wanted], None if batch.lora is None else batch.lora.picked(batch.wanted))
+
+    def remember(self, readers: Sequence[Reader], features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
+        """Have mixers keep keys and values of what they will look at, in these slots of their layers' pages."""
+        none = torch.empty(0, dtype=torch.int32)
+        batch = ForwardBatch(none, none, none, none, none, slots, none, None)
+        step = ForwardStep(none, self.attention.plan(batch, pool.kv), lora)
+        for reader in readers:
+            reader.remember(features, step)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
-from kvrun.nn.linear import Linear
+from kvrun.nn.linear import Linear, LinearDelta
 from kvrun.nn.step import Reader
 from kvrun.nn.vision.sight import Sight
 from kvrun.spec import Config, Model
@@ -84,6 +84,6 @@ class LoadedModel:
         self.encoder.forward(batch, pool)
 
     @torch.inference_mode()
-    def remember(self, features: Tensor, slots: Tensor, pool: Pool) -> None:
+    def remember(self, features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
         """Keep what every mixer that looks at images will want of one: features [n, width] · slots [n] int32 of its memory."""
-        self.decoder.remember(self.readers, features, slots, pool)
+        self.decoder.remember(self.readers, features, slots, pool, lora)

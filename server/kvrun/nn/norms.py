@@ -52,8 +52,21 @@ class Narrowed:
         return self.norm(x).to(self.dtype)
 
 
-def norm_of(norm: spec.Norm, vectors: Mapping[str, Tensor]) -> Norm:
+@dataclass(frozen=True)
+class Gate:
+    """tanh(weight) * x"""
+
+    factor: Tensor  # [1] or [hidden]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> a new [T, hidden]"""
+        return x * self.factor
+
+
+def norm_of(norm: spec.Norm | spec.Gate, vectors: Mapping[str, Tensor]) -> Norm:
     """The module of a described norm with its vectors, "weight" and "bias" where it has them."""
+    if isinstance(norm, spec.Gate):
+        return Gate(vectors["weight"].flatten().tanh())
     if isinstance(norm, spec.RmsNorm):
         return RmsNorm(vectors["weight"], norm.eps, norm.offset)
     return LayerNorm(vectors.get("weight"), vectors.get("bias"), norm.eps)

@@ -9,7 +9,7 @@ from kvrun.spec.describe import describe
 from kvrun.spec.encoder import CrossAttention, Encoder, SourceAttention
 from kvrun.spec.latent import LatentAttention, LowRank
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
-from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Step, UnitHead, stack
+from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Rest, Step, UnitHead, stack
 from kvrun.spec.moe import (
     ClampedSwiGlu,
     EachExpert,
@@ -26,7 +26,7 @@ from kvrun.spec.moe import (
     StackedExperts,
     TopKSoftmax,
 )
-from kvrun.spec.norms import EachHeadNorm, HeadNorm, LayerNorm, Norm, ProjectionNorm, QueryKeyNorm, RmsNorm
+from kvrun.spec.norms import EachHeadNorm, Gate, HeadNorm, LayerNorm, Norm, ProjectionNorm, QueryKeyNorm, RmsNorm
 from kvrun.spec.positions import (
     Alibi,
     DynamicScaling,
@@ -47,6 +47,7 @@ from kvrun.spec.vision import (
     FractionalPositions,
     GridPositions,
     Images,
+    LookAt,
     Matrix,
     Normalise,
     Patches,
@@ -59,6 +60,7 @@ from kvrun.spec.vision import (
     Resample,
     Square,
     Tiles,
+    WithoutFirst,
 )
 from kvrun.spec.weights import Fused, Packed, Stored, fuse, linear, packed, transposed
 
@@ -81,6 +83,7 @@ __all__ = [
     "FlatExperts",
     "FractionalPositions",
     "Fused",
+    "Gate",
     "Gated",
     "GatedMlp",
     "GridPositions",
@@ -96,6 +99,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LookAt",
     "LowRank",
     "Mamba",
     "Mamba2",
@@ -122,6 +126,7 @@ __all__ = [
     "RelativeBias",
     "Resample",
     "Residual",
+    "Rest",
     "RmsNorm",
     "Rope",
     "Router",
@@ -136,6 +141,7 @@ __all__ = [
     "TopKSoftmax",
     "TwoSidedBias",
     "UnitHead",
+    "WithoutFirst",
     "YarnScaling",
     "architecture",
     "describe",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvrun.spec.encoder import Encoder
 from kvrun.spec.mixers import Mixer
-from kvrun.spec.norms import Norm
+from kvrun.spec.norms import Gate, Norm
 from kvrun.spec.positions import Learned
 from kvrun.spec.vision import Images
 from kvrun.spec.weights import Fused
@@ -19,10 +19,10 @@ class Residual:
 
     norm: Norm | None
     mixers: tuple[Mixer, ...]
-    after: Norm | None = None
+    after: Norm | Gate | None = None
     scale: float = 1.0
 
-    def __init__(self, norm: Norm | None, *mixers: Mixer, after: Norm | None = None, scale: float = 1.0) -> None:
+    def __init__(self, norm: Norm | None, *mixers: Mixer, after: Norm | Gate | None = None, scale: float = 1.0) -> None:
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "mixers", mixers)
         object.__setattr__(self, "after", after)
@@ -68,6 +68,14 @@ def stack(count: int, at: str, steps: Sequence[Step] | Callable[[int], Sequence[
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The last rows of a vocabulary's table, where a checkpoint stores them apart."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Embed:
     """norm(project(table[id] * scale) + position): a table of `vocabulary` rows, `hidden` numbers out."""
 
@@ -79,6 +87,7 @@ class Embed:
     norm: Norm | None = None
     project: Fused | None = None  # from the table's width to `hidden`
     width: int | None = None  # of the table; None = hidden
+    rest: Rest | None = None  # of the table; None = it is stored as one
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None  # logits become cap * tanh(logit / cap)
     project: Fused | None = None  # from `hidden` to the embedding table's width
+    rest: Rest | None = None  # of the matrix; None = it is stored as one
 
 
 @dataclass(frozen=True)

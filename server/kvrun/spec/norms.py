@@ -28,6 +28,14 @@ Norm = RmsNorm | LayerNorm
 
 
 @dataclass(frozen=True)
+class Gate:
+    """tanh(weight) * x, with one weight for all numbers of x or one for each"""
+
+    name: str  # of the weight itself
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class HeadNorm:
     """Each query head and each key head normalised by itself, all of them with the same vectors."""
 

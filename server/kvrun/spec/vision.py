@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
-from kvrun.spec.norms import Norm, RmsNorm
+from kvrun.spec.norms import HeadNorm, Norm
 from kvrun.spec.weights import Fused
 
 if TYPE_CHECKING:
@@ -105,20 +105,39 @@ class Perceive(Mixer):
     heads: int
     kv_heads: int
     head_dim: int
-    norm: RmsNorm  # of the features
+    norm: Norm  # of the features
     query: Fused
     key_value: Fused
     out: Fused
+    each: HeadNorm | None = None  # of queries and keys
+
+
+@dataclass(frozen=True)
+class LookAt(Mixer):
+    """Attention of each token to the features of the last image that stands before it; of none, it gives zeros."""
+
+    heads: int
+    head_dim: int
+    width: int  # of a feature
+    query: Fused
+    key_value: Fused
+    out: Fused
+    norm: HeadNorm | None = None  # of queries and keys
 
 
 @dataclass(frozen=True)
 class PictureEncoder:
-    """after(layers(before(patches))): features of a picture's patches, without what was put before them"""
+    """after(layers(before(patches)))"""
 
     patches: Patches
     layers: tuple[Layer, ...]
     before: Norm | None = None
     after: Norm | None = None
+
+
+@dataclass(frozen=True)
+class WithoutFirst:
+    """The features of the patches, without the one of what was put before them."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,7 @@ class Resample:
     norm: Norm
 
 
-Stage = Pool | Normalise | Matrix | Feed | Resample
+Stage = WithoutFirst | Pool | Normalise | Matrix | Feed | Resample
 
 
 @dataclass(frozen=True)
@@ -183,3 +202,4 @@ class Images:
     stages: tuple[Stage, ...]  # from an encoder's features to a decoder's
     ids: tuple[int, ...] = ()  # that every image becomes, placeholders and all; empty where that depends on its size
     together: bool = False
+    memory: int = 0  # features that an image has beside the sequence, for mixers that look at them; 0 = they are rows of its ids

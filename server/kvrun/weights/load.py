@@ -53,9 +53,18 @@ class Loader:
         import torch
 
         name = self.stored(plan)
-        spans: tuple[Runs, ...] = (plan.rows, *(((0, n),) for n in plan.shape[1:]))
-        out = torch.empty(extent(spans), dtype=dtype)
-        self.checkpoint.read(name, spans, out)
+        columns: tuple[Runs, ...] = tuple(((0, n),) for n in plan.shape[1:])
+        out = torch.empty(extent((plan.rows, *columns)), dtype=dtype)
+        if plan.rest is None:
+            self.checkpoint.read(name, (plan.rows, *columns), out)
+            return out
+        (start, stop), border = plan.rows[0], plan.shape[0] - plan.rest[1]
+        before = max(min(stop, border) - start, 0)
+        if before:
+            self.checkpoint.read(name, (((start, start + before),), *columns), out[:before])
+        if stop > border:
+            span = (max(start, border) - border, stop - border)
+            self.checkpoint.read(self.naming(plan.rest[0]), ((span,), *columns), out[before:])
         return out
 
     def linear(self, plan: LinearPlan, axes: Mapping[str, Axes | Flat], cut: Cut) -> dict[str, Tensor]:
@@ -105,7 +114,10 @@ class Loader:
     def _wanted(self, plan: ModelPlan, weights: Stored) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
         for table in plan.all_tables():
-            yield self.stored(table), table.shape
+            rest = 0 if table.rest is None else table.rest[1]
+            yield self.stored(table), (table.shape[0] - rest, *table.shape[1:])
+            if table.rest is not None:
+                yield self.naming(table.rest[0]), (rest, *table.shape[1:])
         for linear in plan.all_linears():
             for cut in linear.cuts:
                 whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)

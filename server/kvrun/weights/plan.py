@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Literal
 
-from kvrun.spec import Embed, Fused, Head, Layer, Mixer, Model, Norm, Packed, Parallel, RmsNorm, Step, Stored
+from kvrun.spec import Embed, Fused, Gate, Head, Layer, Mixer, Model, Norm, Packed, Parallel, RmsNorm, Step, Stored
 from kvrun.state.shapes import PageLayers, PageShape, PageUse, SlotShape
 from kvrun.weights.split import Runs, Span, Split, merge, size
 
@@ -84,6 +84,7 @@ class TablePlan:
     rows: Runs
     instead: str | None = None  # the tensor to read when the checkpoint lacks this one: the other of two tied names
     exact: bool = False  # held in float32, whatever the model's own type
+    rest: tuple[str, int] | None = None  # a tensor that has the last rows, and how many
 
     @property
     def elements(self) -> int:
@@ -200,7 +201,7 @@ def plan_images(images: object, hidden: int) -> MixerPlan:
     raise TypeError(f"no plan for a {type(images).__name__}")
 
 
-def norms(step: Step) -> list[Norm]:
+def norms(step: Step) -> list[Norm | Gate]:
     """The norms of a step, in the order in which they are used."""
     if isinstance(step, Parallel):
         return [norm for residual in step.residuals for norm in norms(residual)]
@@ -224,7 +225,7 @@ def plan_embed(embed: Embed, head: Head, split: Split) -> EmbedPlan:
     """The table's rows split over the ranks, everything after it whole on each."""
     width = embed.width or embed.hidden
     other = f"{head.name}.weight" if head.tied else None
-    table = TablePlan(f"{embed.name}.weight", (embed.vocabulary, width), (split.span(embed.vocabulary),), other)
+    table = TablePlan(f"{embed.name}.weight", (embed.vocabulary, width), (split.span(embed.vocabulary),), other, rest=_rest(embed))
     learned = embed.position
     position = None if learned is None else whole(f"{learned.name}.weight", (learned.rows, embed.hidden))
     norm = {} if embed.norm is None else plan_norm(embed.norm, "", embed.hidden)
@@ -235,14 +236,20 @@ def plan_head(head: Head, embed: Embed, split: Split) -> HeadPlan:
     """The matrix's rows split over the ranks, everything before it whole on each."""
     rows, width = (split.span(embed.vocabulary),), embed.width or embed.hidden
     other = f"{embed.name}.weight" if head.tied else None
-    weight = TablePlan(f"{head.name}.weight", (embed.vocabulary, width), rows, other)
+    weight = TablePlan(f"{head.name}.weight", (embed.vocabulary, width), rows, other, rest=_rest(head))
     bias = TablePlan(f"{head.name}.bias", (embed.vocabulary,), rows) if head.bias else None
     norm = {} if head.norm is None else plan_norm(head.norm, "", embed.hidden)
     return HeadPlan(weight, bias, norm, None if head.project is None else whole_linear(head.project, "", width, embed.hidden))
 
 
-def plan_norm(norm: Norm, at: str, width: int) -> dict[str, TablePlan]:
+def _rest(end: Embed | Head) -> tuple[str, int] | None:
+    return None if end.rest is None else (f"{end.rest.name}.weight", end.rest.rows)
+
+
+def plan_norm(norm: Norm | Gate, at: str, width: int) -> dict[str, TablePlan]:
     """The vectors of a norm, whole on every rank: "weight", "bias" or both."""
+    if isinstance(norm, Gate):
+        return {"weight": whole(join(at, norm.name), norm.shape)}
     return {key: whole(f"{join(at, norm.name)}.{key}", (width,)) for key in vectors(norm)}
 
 

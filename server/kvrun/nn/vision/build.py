@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvrun.nn.heads import per_head, vectors_of
 from kvrun.nn.linear import Linear
 from kvrun.nn.norms import Norm, norm_of
 from kvrun.nn.parts import Parts, Shared, build_mixer
@@ -16,7 +17,7 @@ from kvrun.nn.residual import PostNorm, Residual
 from kvrun.nn.vision import stages as modules
 from kvrun.nn.vision.patches import FractionalPositions, GridPositions, Patches
 from kvrun.nn.vision.sight import Sight
-from kvrun.spec import Feed, Images, Layer, Matrix, Normalise, Perceive, Pool, Resample, Step
+from kvrun.spec import Feed, Images, Layer, Matrix, Normalise, Perceive, Pool, Resample, Step, WithoutFirst
 from kvrun.spec import norms as spec_norms
 from kvrun.spec import vision as spec
 from kvrun.weights.parts.vision import plan_joining, plan_patches, plan_stage
@@ -72,6 +73,11 @@ def build_stage(stage: object, walk: Walk) -> modules.Stage:
 
 
 @build_stage.register
+def _(stage: WithoutFirst, walk: Walk) -> modules.Stage:
+    return modules.without_first
+
+
+@build_stage.register
 def _(stage: Pool, walk: Walk) -> modules.Stage:
     return modules.Pool(stage.side)
 
@@ -103,5 +109,6 @@ def _(stage: Resample, walk: Walk) -> modules.Stage:
 
 @build_mixer.register
 def _(mixer: Perceive, parts: Parts) -> modules.Perceive:
-    norm = norm_of(mixer.norm, parts.tables)
-    return modules.Perceive(mixer.heads, mixer.kv_heads, mixer.head_dim, norm, **parts.linears)
+    norm = norm_of(mixer.norm, vectors_of(parts.tables, "features"))
+    each = None if mixer.each is None else per_head(mixer.each, parts.tables)
+    return modules.Perceive(mixer.heads, mixer.kv_heads, mixer.head_dim, norm, **parts.linears, each=each)

@@ -43,7 +43,11 @@ class Sight:
         found = [rows for _, alike in groupby(seen, key=lambda picture: picture.shape) for rows in self._encode(torch.stack(list(alike)))]
         return join(self.spec.cutting, found, Size(image.size[1], image.size[0]), self.tables)
 
-    def rule(self) -> dict[str, Any]:
+    def memory_tokens(self, page_tokens: int) -> int:
+        """Tokens of memory that an image takes, in whole pages; 0 = its features stand in the embedding."""
+        return -(-self.spec.memory // page_tokens) * page_tokens
+
+    def rule(self, page_tokens: int) -> dict[str, Any]:
         """What an image becomes in a prompt, by the wire's names for it."""
         spec = self.spec
         if isinstance(spec.cutting, Tiles):
@@ -51,7 +55,7 @@ class Sight:
             layout = {"tiled": {"tile_pixels": spec.cutting.side, "tile_tokens": spec.cutting.tokens, "grids": grids}}
         else:
             layout = {"fixed": {"ids": list(spec.ids)}}
-        return {"marker": spec.marker, "token": spec.token, "together": spec.together, **layout}
+        return {"marker": spec.marker, "token": spec.token, "together": spec.together, "memory": self.memory_tokens(page_tokens), **layout}
 
     def _encode(self, same: Tensor) -> Tensor:
         """Pictures of one shape, [n, 3, height, width] -> [n, features, hidden]"""
@@ -61,7 +65,7 @@ class Sight:
         for residual in self.residuals:
             residual(rows, step)
         rows = rows if self.after is None else self.after(rows)
-        x = rows.unflatten(0, (len(x), -1))[:, self.patches.first is not None :]
+        x = rows.unflatten(0, (len(x), -1))
         for stage in self.stages:
             x = stage(x)
         return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvrun.nn.heads import HeadsNorm
 from kvrun.nn.linear import Linear
 from kvrun.nn.norms import Norm
 from kvrun.nn.residual import PostNorm, Residual
@@ -16,6 +17,11 @@ from kvrun.nn.step import ForwardStep, Mixer
 from kvrun.nn.vision.step import PictureStep, attend, picture_step
 
 Stage = Callable[[Tensor], Tensor]  # [pictures, features, width] -> [pictures, features, width], either of other sizes
+
+
+def without_first(x: Tensor) -> Tensor:
+    """See Stage."""
+    return x[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Perceive:
     query: Linear
     key_value: Linear
     out: Linear
+    each: HeadsNorm | None = None
 
     def __call__(self, x: Tensor, step: ForwardStep) -> Tensor:
         """x [pictures * latents, width] -> the same"""
@@ -64,6 +71,8 @@ class Perceive:
         both = _joined(self.norm(step.features), x, step.pictures)
         k, v = self.key_value(both).unflatten(1, (2, self.kv_heads, self.head_dim)).unbind(1)
         q = self.query(x).unflatten(1, (self.heads, self.head_dim))
+        if self.each is not None:
+            q, k = self.each(q, k)
         return self.out(attend(q, k, v, step.pictures, self.head_dim**-0.5).flatten(1))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import singledispatch
 
-from kvrun.spec import Feed, GatedMlp, Images, Layer, Matrix, Normalise, Patches, Perceive, Resample, Tiles
-from kvrun.weights.plan import MixerPlan, TablePlan, column, mixers, norms, plan_images, plan_mixer, plan_norm, row, whole
+from kvrun.spec import Feed, GatedMlp, HeadNorm, Images, Layer, LookAt, Matrix, Normalise, Patches, Perceive, Resample, Tiles
+from kvrun.state.shapes import PageShape, PageUse
+from kvrun.weights.plan import MixerPlan, TablePlan, column, mixers, norms, plan_images, plan_mixer, plan_norm, row, scaled, whole
 from kvrun.weights.split import Split
 
 WHOLE = Split()
@@ -84,7 +85,25 @@ def _(mixer: Perceive, at: str, hidden: int, split: Split) -> MixerPlan:
         "key_value": column(mixer.key_value, at, (((0, kv),),) * 2, (kv, kv), hidden),
         "out": row(mixer.out, at, ((0, query),), hidden, query, split),
     }
-    return MixerPlan(linears, plan_norm(mixer.norm, at, hidden))
+    features = {f"features.{key}": table for key, table in plan_norm(mixer.norm, at, hidden).items()}
+    return MixerPlan(linears, features | _plan_heads(mixer.each, at, mixer.head_dim))
+
+
+@plan_mixer.register
+def _(mixer: LookAt, at: str, hidden: int, split: Split) -> MixerPlan:
+    share, dim, width = split.heads(mixer.heads, mixer.heads), mixer.head_dim, mixer.heads * mixer.head_dim
+    held = scaled(share.query, dim)
+    linears = {
+        "query": column(mixer.query, at, ((held,),), (width,), hidden),
+        "key_value": column(mixer.key_value, at, ((held,), (held,)), (width, width), mixer.width),
+        "out": row(mixer.out, at, (held,), hidden, width, split),
+    }
+    return MixerPlan(linears, _plan_heads(mixer.norm, at, dim), PageShape(share.heads, dim), page_use=PageUse.MEMORY)
+
+
+def _plan_heads(norm: HeadNorm | None, at: str, dim: int) -> dict[str, TablePlan]:
+    sides = {} if norm is None else {"query": norm.query, "key": norm.key}
+    return {f"{side}.{key}": table for side, part in sides.items() for key, table in plan_norm(part, at, dim).items()}
 
 
 def _encoder(images: Images) -> Iterator[MixerPlan]:
