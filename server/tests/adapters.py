@@ -1,6 +1,7 @@
 """PEFT adapters for tiny checkpoints, and what peft itself answers with them."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -77,6 +78,10 @@ def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> li
         return [row_of(checkpoint).logits(model, torch.tensor([ids]))[0] for ids in prompts]
 
 
+# Of a model that sees, adapters change the language model and not what reads images.
+EYES = re.compile(r"vision_model|vision_tower|connector|multi_modal_projector|perceiver_resampler")
+
+
 def _everything(model: torch.nn.Module) -> list[str]:
     """Every linear, the embedding and the head: all that peft takes of a decoder."""
     from transformers.pytorch_utils import Conv1D
@@ -85,12 +90,10 @@ def _everything(model: torch.nn.Module) -> list[str]:
     linears = [name for name, module in model.named_modules() if type(module) in (torch.nn.Linear, Conv1D)]
     found = [name for name in linears if not name.endswith(refused)]
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    if hasattr(model.config, "vision_config"):  # of a model that sees, its language model and the head
-        inner = embedding.removesuffix("embed_tokens")
-        found = [name for name in found if name.startswith(inner) or name == "lm_head"]
+    found = [name for name in found if not EYES.search(name)]
     if model.config.is_encoder_decoder:  # its two stacks pass the embedding's module by
         return found
-    return [*found, embedding]
+    return [*found, embedding] if type(model.get_input_embeddings()) is torch.nn.Embedding else found
 
 
 def edit_config(folder: Path, **fields: object) -> None:

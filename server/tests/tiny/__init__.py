@@ -90,12 +90,17 @@ def oracle_model(folder: Path) -> torch.nn.Module:
     """transformers' model of a tiny checkpoint in float32, with the attention that computes the truth."""
     folder = Path(folder)
     own = folder / "oracle" if (folder / "oracle").is_dir() else folder
-    row = _written.get(folder, Row("", {}))
+    row = row_of(folder)
     return auto(row).from_pretrained(own, attn_implementation=row.attention, dtype=torch.float32).eval()
+
+
+def row_of(folder: Path) -> Row:
+    """The row that a folder was written for."""
+    return _written.get(Path(folder), Row("", {}))
 
 
 def oracle(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
     """transformers' logits in float32 for each prompt alone, [tokens, vocabulary]."""
-    model, logits = oracle_model(folder), _written.get(Path(folder), Row("", {})).logits
+    model, logits = oracle_model(folder), row_of(folder).logits
     with torch.inference_mode():
         return [logits(model, torch.tensor([ids]))[0] for ids in prompts]

@@ -44,7 +44,9 @@ def balance(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("Attention.q.weight"):
-                parameter *= 0.02
+                parameter *= 0.1
+            if name.endswith("layer.0.layer_norm.weight"):
+                parameter *= 0.4
             if "relative_attention_bias" in name:
                 parameter *= 50
 
