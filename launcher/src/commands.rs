@@ -85,7 +85,8 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
         args.flag("--quantize", format.name());
     }
     args.flag("--num-threads", plan.threads.to_string());
-    args.flag("--kv-cache-bytes", plan.kv_cache.bytes.to_string());
+    let kept = plan.kv_cache.bytes + plan.state_bytes;
+    args.flag("--kv-cache-bytes", kept.to_string());
     args.flag("--adapter-bytes", plan.adapter_bytes.to_string());
     args.flag("--page-tokens", plan.kv_cache.page_tokens.to_string());
     args.word("--json-output");
@@ -149,7 +150,7 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
             limits.max_batch_prefill_tokens,
         ),
         ("--max-batch-total-tokens", limits.max_batch_total_tokens),
-        ("--max-batch-size", limits.max_batch_size),
+        ("--max-batch-size", plan.max_batch_size),
         ("--max-best-of", Some(limits.max_best_of)),
         ("--max-stop-sequences", Some(limits.max_stop_sequences)),
         ("--max-top-n-tokens", Some(limits.max_top_n_tokens)),
@@ -272,6 +273,8 @@ mod tests {
                 pages: 1,
                 page_tokens: 16,
             },
+            state_bytes: 0,
+            max_batch_size: settings.limits.max_batch_size,
             overhead_bytes: 1,
             max_input_tokens: 10,
             max_total_tokens: 20,

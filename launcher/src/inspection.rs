@@ -21,6 +21,9 @@ pub struct ModelFacts {
     /// One page of the KV cache on one rank.
     pub page_bytes: u64,
     pub page_tokens: u32,
+    /// The recurrent state of one sequence on one rank; 0 in a model without.
+    #[serde(default)]
+    pub slot_bytes: u64,
     /// Longest sequence the model was made for; nothing where its positions have no end.
     pub max_positions: Option<u32>,
 }

@@ -13,6 +13,10 @@ pub struct Plan {
     pub weight_bytes: u64,
     pub adapter_bytes: u64,
     pub kv_cache: KvCache,
+    /// Recurrent states of the sequences of one step.
+    pub state_bytes: u64,
+    /// Rows of one step, where it was said or memory bounds it.
+    pub max_batch_size: Option<u32>,
     /// Interpreter, libraries and activations.
     pub overhead_bytes: u64,
     pub max_input_tokens: u32,
@@ -44,8 +48,12 @@ const OVERHEAD_BYTES: u64 = 512 * MIB;
 const SYSTEM_BYTES: u64 = 512 * MIB;
 /// Of what is left after weights and adapters, the most that the KV cache takes on its own account.
 const KV_SHARE: f64 = 0.6;
+/// The most pages of a model that keeps nothing in them; they only bound how many tokens are planned for.
+const FREE_PAGES: u64 = 1 << 20;
 /// What a request is taken to need when the KV cache is sized for many of them.
 const USUAL_TOKENS: u64 = 2048;
+/// Sequences that a recurrent model has states for, when nothing else was said: what the router computes in one step.
+const USUAL_ROWS: u64 = 128;
 /// Room for adapters that clients may load, when nothing else was said.
 const DYNAMIC_ADAPTER_BYTES: u64 = 256 * MIB;
 /// The window of a model that does not state one.
@@ -84,7 +92,21 @@ pub fn make(
         )));
     }
     let mut max_total_tokens = asked.unwrap_or(window);
-    let kv_cache = size_kv_cache(settings, inspection, budget, left, max_total_tokens)?;
+    let (state_bytes, max_batch_size) = size_states(settings, inspection, budget, left)?;
+    let kv_cache = size_kv_cache(
+        settings,
+        inspection,
+        budget,
+        left - state_bytes,
+        state_bytes,
+        max_total_tokens,
+    )?;
+    if let Some(rows) = max_batch_size.filter(|_| settings.limits.max_batch_size.is_none()) {
+        remarks.push(format!(
+            "a step computes {rows} sequences at most, whose recurrent states take {}",
+            size(state_bytes)
+        ));
+    }
     let fits = u32::try_from(kv_cache.tokens()).unwrap_or(u32::MAX);
     if fits < max_total_tokens {
         remarks.push(format!(
@@ -109,6 +131,8 @@ pub fn make(
         weight_bytes: model.rank_weight_bytes,
         adapter_bytes,
         kv_cache,
+        state_bytes,
+        max_batch_size,
         overhead_bytes: OVERHEAD_BYTES,
         max_input_tokens,
         max_total_tokens,
@@ -133,11 +157,48 @@ fn default_adapter_bytes(settings: &Settings, inspection: &Inspection) -> u64 {
     named + more + MIB
 }
 
+/// Bytes for the recurrent states of as many sequences as one step computes, and how many those are.
+fn size_states(
+    settings: &Settings,
+    inspection: &Inspection,
+    budget: u64,
+    left: u64,
+) -> Result<(u64, Option<u32>), Failure> {
+    let (model, asked) = (&inspection.model, settings.limits.max_batch_size);
+    if model.slot_bytes == 0 {
+        return Ok((0, asked));
+    }
+    let room = settings
+        .kv_cache_bytes
+        .unwrap_or((left as f64 * KV_SHARE) as u64)
+        .min(left);
+    // Half of it where there are pages too.
+    let room = if model.page_bytes > 0 { room / 2 } else { room };
+    let fit = room / model.slot_bytes;
+    let rows = asked.map_or(USUAL_ROWS.min(fit), u64::from);
+    if rows == 0 || rows > fit {
+        return Err(Failure::new(
+            Code::Memory,
+            format!(
+                "the recurrent states of {} sequences take {}, and {} of {} of main memory are left for them; lower \
+                 --max-batch-size, or use --dtype bfloat16 or a larger machine",
+                rows.max(1),
+                size(rows.max(1) * model.slot_bytes),
+                size(room),
+                size(budget),
+            ),
+        ));
+    }
+    Ok((rows * model.slot_bytes, u32::try_from(rows).ok()))
+}
+
+/// `states` are bytes of the same share of memory that something else takes.
 fn size_kv_cache(
     settings: &Settings,
     inspection: &Inspection,
     budget: u64,
     left: u64,
+    states: u64,
     max_total_tokens: u32,
 ) -> Result<KvCache, Failure> {
     let model = &inspection.model;
@@ -145,7 +206,14 @@ fn size_kv_cache(
     let page_bytes = model.page_bytes.max(1);
     let pages_for = |tokens: u64| tokens.div_ceil(page_tokens);
     let one_request = pages_for(u64::from(max_total_tokens));
-    let pages = match settings.kv_cache_bytes {
+    let asked_bytes = settings
+        .kv_cache_bytes
+        .map(|bytes| bytes.saturating_sub(states));
+    let pages = match asked_bytes {
+        // Pages that nothing is kept in cost nothing: there are as many as could be of use.
+        _ if model.page_bytes == 0 => one_request
+            .saturating_mul(u64::from(settings.limits.max_concurrent_requests))
+            .min(FREE_PAGES),
         Some(bytes) if bytes > left => {
             return Err(too_large(settings, budget, model.rank_weight_bytes, bytes));
         }
@@ -171,17 +239,13 @@ fn size_kv_cache(
                 "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} of main memory are left for it; \
                  lower --max-total-tokens",
                 size(one_request.max(2) * page_bytes),
-                size(
-                    settings
-                        .kv_cache_bytes
-                        .unwrap_or((left as f64 * KV_SHARE) as u64)
-                ),
+                size(asked_bytes.unwrap_or((left as f64 * KV_SHARE) as u64)),
                 size(budget),
             ),
         ));
     }
     Ok(KvCache {
-        bytes: pages * page_bytes,
+        bytes: pages * model.page_bytes,
         pages,
         page_tokens: model.page_tokens,
     })

@@ -33,6 +33,7 @@ fn inspection() -> Inspection {
         rank_weight_bytes: 2 * GIB,
         page_bytes: MIB,
         page_tokens: 16,
+        slot_bytes: 0,
         max_positions: Some(8192),
     };
     let adapter = |name: &str, bytes| AdapterFacts {
@@ -195,5 +196,56 @@ fn sizes_are_readable() {
     assert_eq!(
         [512, 2048, 10 * MIB, 3 * GIB / 2].map(size),
         ["512 B", "2.00 KiB", "10.0 MiB", "1.50 GiB"]
+    );
+}
+
+/// A model whose sequences keep a state of 64 MiB each and no pages.
+fn recurrent() -> Inspection {
+    let mut inspection = inspection();
+    inspection.model.page_bytes = 0;
+    inspection.model.slot_bytes = 64 * MIB;
+    inspection.model.max_positions = None;
+    inspection
+}
+
+#[test]
+fn a_step_of_a_recurrent_model_has_as_many_rows_as_states_fit() {
+    let roomy = make(&settings(&[]), &machine(64 * GIB), &recurrent()).expect("a plan");
+    assert_eq!(
+        (roomy.max_batch_size, roomy.state_bytes),
+        (Some(128), 128 * 64 * MIB)
+    );
+    assert_eq!((roomy.kv_cache.bytes, roomy.max_total_tokens), (0, 4096));
+    assert!(roomy.kv_cache.tokens() >= 128 * 4096);
+    let narrow = make(&settings(&[]), &machine(8 * GIB), &recurrent()).expect("a plan");
+    let rows = narrow.max_batch_size.expect("bounded by memory");
+    assert!((1..128).contains(&rows) && narrow.state_bytes == u64::from(rows) * 64 * MIB);
+    assert!(
+        narrow
+            .remarks
+            .iter()
+            .any(|remark| remark.contains("recurrent states"))
+    );
+    let asked = make(
+        &settings(&["--kv-cache-bytes=1GiB", "--max-batch-size=16"]),
+        &machine(8 * GIB),
+        &recurrent(),
+    )
+    .expect("a plan");
+    assert_eq!((asked.max_batch_size, asked.state_bytes), (Some(16), GIB));
+}
+
+#[test]
+fn more_rows_than_states_fit_are_refused() {
+    let failure = make(
+        &settings(&["--max-batch-size=1000"]),
+        &machine(8 * GIB),
+        &recurrent(),
+    )
+    .expect_err("too many");
+    assert_eq!(failure.code, Code::Memory);
+    assert!(
+        failure.to_string().contains("--max-batch-size"),
+        "{failure}"
     );
 }

@@ -113,12 +113,15 @@ fn memory(plan: &Plan) -> Vec<String> {
         cache.page_tokens,
         grouped(cache.tokens())
     );
-    let parts = [
+    let mut parts = vec![
         ("weights", plan.weight_bytes, String::new()),
         ("adapters", plan.adapter_bytes, String::new()),
         ("KV cache", cache.bytes, pages),
         ("to run", plan.overhead_bytes, String::new()),
     ];
+    if let Some(rows) = plan.max_batch_size.filter(|_| plan.state_bytes > 0) {
+        parts.insert(3, ("states", plan.state_bytes, format!("{rows} sequences")));
+    }
     let total: u64 = parts.iter().map(|(_, bytes, _)| *bytes).sum();
     let line = |head: &str, part: &str, amount: String, remark: &str| {
         row(
