@@ -68,11 +68,13 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
     tensors = parameters.named(tensors, linears, config)
     matched = len(tensors)
     homes: dict[str, list[Home]] = {}
+    copied = any(ends.COPY.match(name) for name in tensors)
     for linear in linears:
         for source in linear.sources:
             for name in _names(source):
                 homes.setdefault(name, []).append((linear.site, source))
-        ends.leave_out_copies(tensors, linear, dtype)
+        if copied:
+            ends.leave_out_copies(tensors, linear, dtype)
     changed_rows = None if embedding is None else ends.embedding_delta(tensors, embedding, config, dtype)
     pairs = _pairs(tensors, homes)
     _check(pairs, homes, config)
