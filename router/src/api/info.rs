@@ -12,6 +12,7 @@ use serde_json::json;
 use utoipa::ToSchema;
 
 use super::App;
+use super::prompt::Limits;
 use crate::{capabilities, metrics};
 
 /// Work without progress for so long means that nothing will be answered.
@@ -68,7 +69,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
     let (status, settings) = (app.engine.status(), &app.settings);
     let description = status.description.as_deref().cloned().unwrap_or_default();
     let off = capabilities::off(&description);
-    let longest = status.max_total_tokens.saturating_sub(1);
+    let limits = Limits::of(&status, settings.max_input_tokens).ok();
     Json(Info {
         model_id: settings.model_id.clone(),
         model_sha: settings.model_revision.clone(),
@@ -83,9 +84,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         max_concurrent_requests: settings.max_concurrent_requests,
         max_best_of: settings.max_best_of,
         max_stop_sequences: settings.max_stop_sequences,
-        max_input_tokens: settings
-            .max_input_tokens
-            .map_or(longest, |limit| limit.min(longest)),
+        max_input_tokens: limits.map_or(0, |limits| limits.input),
         max_total_tokens: status.max_total_tokens,
         max_batch_total_tokens: u64::from(status.pages) * u64::from(status.page_tokens),
         max_batch_prefill_tokens: status.step_tokens,

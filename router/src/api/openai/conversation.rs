@@ -52,8 +52,11 @@ pub fn conversation(app: &App, messages: &[ChatMessage]) -> Result<Prompt, ApiEr
     Ok(Prompt::Marked { text, urls })
 }
 
-/// A template that reads only texts makes nothing of parts, one that reads only parts makes nothing of texts; which of both
-/// a model's is shows in what comes out.
+/// What a template makes of a list when it expects a text.
+const LISTED: &str = "[{\"type\": \"";
+
+/// A template that reads only texts writes parts out as data, one that reads only parts makes nothing of texts; which of
+/// both a model's is shows in what comes out.
 fn marked(
     app: &App,
     messages: &[ChatMessage],
@@ -61,24 +64,33 @@ fn marked(
     marker: &str,
     images: usize,
 ) -> Result<String, ApiError> {
-    let places = |text: &str| text.matches(marker).count();
+    let typed = |part: &Part<'_>| matches!(part, Part::Text(text) if text.contains(marker));
+    if said.iter().flatten().any(typed) {
+        let message = format!(
+            "`messages` hold the text `{marker}`, which stands for an image; send images as parts"
+        );
+        return Err(ApiError::field("messages", message));
+    }
+    let last = last_text(said);
+    let fits = |text: &&String| text.matches(marker).count() == images;
     let joined = render(app, messages, said, Style::Joined(marker));
-    let all_there = |text: &String| places(text) == images && text.contains(last_text(said));
-    if let Some(text) = joined.as_ref().ok().filter(|text| all_there(text)) {
+    let of_texts = joined.as_ref().ok().filter(fits);
+    if let Some(text) = of_texts.filter(|text| text.contains(last)) {
         return Ok(text.clone());
     }
     let parts = render(app, messages, said, Style::Parts);
-    match parts.as_ref().or(joined.as_ref()) {
-        Ok(text) if places(text) == images => Ok(text.clone()),
-        Ok(text) => {
+    let of_parts = parts.as_ref().ok().filter(fits);
+    let of_parts = of_parts.filter(|text| text.contains(last) && !text.contains(LISTED));
+    match of_parts.or(of_texts) {
+        Some(text) => Ok(text.clone()),
+        None => {
+            joined?;
             let message = format!(
-                "`messages` have {images} images and the chat template makes {} places for one of them (`{marker}`); \
-                 write that for images only",
-                places(text)
+                "`messages` have {images} images and the model's chat template does not make a place for each; send the \
+                 prompt to /generate"
             );
             Err(ApiError::field("messages", message))
         }
-        Err(error) => Err(error.clone()),
     }
 }
 
