@@ -11,10 +11,12 @@ from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.errors import ProtocolError, Unsupported
 from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
+from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.spec import Attention, CrossAttention, Encoder, Model, RelativeBias, Residual, SourceAttention, TwoSidedBias
 from ragged import Runner
 from tiny import ROWS, oracle_model
 from tiny.t5 import T5
+from wire import group
 
 CLOSE = 5e-4  # of the logits' standard deviation
 COUNT = 24
@@ -113,7 +115,7 @@ def test_an_adapter_changes_encoder_and_decoder_as_peft_says(row, world, engines
 
 
 def admitted(**fields) -> Admit:
-    return Admit(**{**{"sequence": 1, "tokens": [START], "prompt_tokens": 1, "sampling": Sampling(), "adapter": 0}, **fields})
+    return replace(Admit(1, [START], 1, Sampling(), 0), **fields)
 
 
 BROKEN = {
@@ -140,6 +142,20 @@ def test_sources_count_among_a_step_s_tokens(engines):
     source = admitted(memory_tokens=[5] * STEP_TOKENS, memory_pages=range(STEP_TOKENS // 4))
     with pytest.raises(ProtocolError, match=f"{STEP_TOKENS + 1} tokens"):
         engines("t5").step(Step(1, [], [source], [Row(1, 0, 1, [599], True, [])]))
+
+
+def test_over_the_wire_it_is_described_and_answers_the_same(checkpoint, tmp_path, engines):
+    def run(step) -> dict:
+        driver = Driver(step)
+        for index, source in enumerate(SOURCES):
+            driver.add(index, [START], 8, settings(index), source=source)
+        return driver.run()
+
+    with group(checkpoint("flan_t5"), tmp_path, 1) as (shard,):
+        said = shard.calls.Describe(pb.DescribeRequest())
+        assert list(said.state_kinds) == ["pages", "memory"] and said.HasField("decoder_start") and said.decoder_start == START
+        shard.reserve(1)
+        assert run(shard.run(1).step) == run(engines("flan_t5").step)
 
 
 def test_a_memory_lies_in_the_layers_of_the_decoder_s_own_attention(engines, checkpoint):

@@ -14,9 +14,11 @@ from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.errors import OutOfMemory, ProtocolError, Unsupported
 from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
+from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.spec import Model, Residual
 from ragged import Runner
 from tiny import oracle
+from wire import group
 
 # Without it torch's own functions serve, which round otherwise at the end of a tensor than within.
 NATIVE = kvrun_kernels.describe().get("ssd_scan", "reference") != "reference"
@@ -117,6 +119,20 @@ def test_it_says_that_it_keeps_slots_and_what_they_take(engines, checkpoint):
     assert facts.slot_bytes == layers * channels // 2 * ((taps - 1) * 2 + size * 4) and facts.page_bytes == 0
 
 
+def test_over_the_wire_it_is_described_and_answers_the_same(checkpoint, tmp_path, engines):
+    def run(step) -> dict:
+        driver = Driver(step)
+        for index, prompt in enumerate(PROMPTS):
+            driver.add(index, prompt, 8, settings(index))
+        return driver.run(chunk=9)
+
+    with group(checkpoint("mamba"), tmp_path, 1) as (shard,):
+        said = shard.calls.Describe(pb.DescribeRequest())
+        assert list(said.state_kinds) == ["slots"] and said.page_bytes == 0 and not said.HasField("decoder_start")
+        shard.reserve(1)
+        assert run(shard.run(1).step) == run(engines("mamba").step)
+
+
 def test_slots_and_pages_share_a_budget():
     budget = MemoryBudget(kv_cache_bytes=1000)
     assert budget.pages(0, 100, 0, slots=4, slot_bytes=100) == 6
@@ -209,5 +225,3 @@ def test_the_comparison_sees_a_slip_in_a_module(row, slip, checkpoint):
     logits = runner.step(list(enumerate(PROMPTS)))
     reference = torch.cat(oracle(checkpoint(row), PROMPTS))
     assert ((logits - reference).abs().max() / reference.std()).item() > CLOSE
-
-

@@ -26,11 +26,11 @@ def mamba(c: Config) -> Model:
 
 def scan(c: Config, select_eps: float | None = None) -> Mamba:
     """The mixer of Mamba, with its choices normalised where `select_eps` says so."""
-    bias, rank = c.get("use_bias", False), c.get("time_step_rank", "auto")
+    bias, narrow = c.get("use_bias", False), c.get("time_step_rank", "auto")
     return Mamba(
         channels=c.get("intermediate_size", int(c.get("expand", 2) * c.hidden_size)),
         size=c.state_size,
-        rank=-(-c.hidden_size // 16) if rank == "auto" else rank,
+        rank=-(-c.hidden_size // 16) if narrow == "auto" else narrow,
         project=packed("mixer.in_proj", bias=bias),
         conv=convolution(c),
         select=linear("mixer.x_proj"),
