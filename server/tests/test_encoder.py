@@ -12,7 +12,20 @@ from kvrun.errors import ProtocolError, Unsupported
 from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
 from kvrun.rpc.pb import model_shard_pb2 as pb
-from kvrun.spec import Attention, CrossAttention, Encoder, Model, RelativeBias, Residual, SourceAttention, TwoSidedBias
+from kvrun.spec import (
+    Attention,
+    Config,
+    CrossAttention,
+    Encoder,
+    GatedMlp,
+    Mlp,
+    Model,
+    RelativeBias,
+    Residual,
+    SourceAttention,
+    TwoSidedBias,
+    model_of,
+)
 from ragged import Runner
 from tiny import ROWS, oracle_model
 from tiny.t5 import T5
@@ -112,6 +125,36 @@ def test_an_adapter_changes_encoder_and_decoder_as_peft_says(row, world, engines
     with_adapter, base = ([answers[first + index] for index in range(len(SOURCES))] for first in (0, 100))
     assert with_adapter == transformers_choices(checkpoint(row), with_adapter, adapter=tmp_path)
     assert base == transformers_choices(checkpoint(row), base) != with_adapter
+
+
+FIRST = {  # t5-small, without the fields that later files state
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_ff": 2048,
+    "d_kv": 64,
+    "d_model": 512,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+    "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "n_positions": 512,
+    "num_heads": 8,
+    "num_layers": 6,
+    "pad_token_id": 0,
+    "relative_attention_num_buckets": 32,
+    "vocab_size": 32128,
+}
+FLAN = {**FIRST, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 8, "tie_word_embeddings": False}
+
+
+def test_published_files_of_every_generation_are_understood():
+    first, flan = model_of(Config(FIRST)), model_of(Config(FLAN))
+    again = model_of(Config({**FLAN, "tie_word_embeddings": True, "scale_decoder_outputs": False}))  # as transformers 5 writes it
+    heads = [(model.decoder.head.tied, model.decoder.head.scale) for model in (first, flan, again)]
+    assert heads == [(True, 512**-0.5), (False, 1.0), (True, 1.0)]
+    acts = [model.decoder.layers[0].steps[-1].mixers[0] for model in (first, flan)]
+    assert [(type(act), act.act) for act in acts] == [(Mlp, "relu"), (GatedMlp, "gelu_new")]
+    assert [len(model.decoder.layers) for model in (first, flan)] == [6, 8] and (first.positions, first.start) == (0, 0)
 
 
 def admitted(**fields) -> Admit:

@@ -1,5 +1,6 @@
 """Models that carry a state along: requests come and go, prompts come in chunks, ranks share channels, and no state is mixed up."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from kvrun.errors import OutOfMemory, ProtocolError, Unsupported
 from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
 from kvrun.rpc.pb import model_shard_pb2 as pb
-from kvrun.spec import Model, Residual
+from kvrun.spec import Config, Model, Residual, model_of
 from ragged import Runner
 from tiny import oracle
 from wire import group
@@ -169,6 +170,32 @@ def test_another_activation_than_the_kernel_s_is_refused(checkpoint, tmp_path):
     folder = write_checkpoint("mamba", tmp_path, edit=lambda config: {**config, "hidden_act": "gelu"})
     with pytest.raises(Unsupported, match="gelu"):
         load_model(folder)
+
+
+CODESTRAL = {  # Mamba-Codestral-7B
+    "architectures": ["Mamba2ForCausalLM"],
+    "conv_kernel": 4,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba2",
+    "n_groups": 8,
+    "num_heads": 128,
+    "num_hidden_layers": 64,
+    "residual_in_fp32": True,
+    "state_size": 128,
+    "tie_word_embeddings": False,
+    "vocab_size": 32768,
+}
+
+
+@pytest.mark.parametrize("limit", ["[0.0, Infinity]", '[0.0, {"__float__": "Infinity"}]'])
+def test_time_steps_without_a_limit_are_written_in_two_ways(limit):
+    (step,) = model_of(Config({**CODESTRAL, "time_step_limit": json.loads(limit)})).decoder.layers[0].steps
+    (mixer,) = step.mixers
+    assert (mixer.least, mixer.most, mixer.heads * mixer.head_dim) == (0.0, math.inf, 8192)
 
 
 def changed(model: Model, **fields: object) -> Model:
