@@ -78,8 +78,8 @@ def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> li
         return [row_of(checkpoint).logits(model, torch.tensor([ids]))[0] for ids in prompts]
 
 
-# Of a model that sees, adapters change the language model and not what reads images.
-EYES = re.compile(r"vision_model|vision_tower|connector|multi_modal_projector|perceiver_resampler")
+# Of a model that sees, adapters change neither what reads images nor the rows of a head that are stored apart.
+EYES = re.compile(r"vision_model|vision_tower|connector|multi_modal_projector|perceiver_resampler|additional_fc")
 
 
 def _everything(model: torch.nn.Module) -> list[str]:

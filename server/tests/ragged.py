@@ -68,6 +68,9 @@ class Runner:
             lengths = {sequence: len(self.sources[sequence]) for sequence, _ in rows}
             reach = [lengths[sequence] - 1 for sequence, tokens in rows for _ in tokens]
             memory = MemoryRows(_int32(list(lengths.values())), _table([self.memories[s] for s in lengths]), _int32(reach))
+        if self.model.spec.images is not None and self.model.spec.images.memory:  # which no token of these rows looks at
+            nothing = _int32([-1 for _, tokens in rows for _ in tokens])
+            memory = MemoryRows(_int32([1] * len(rows)), _table([[0]] * len(rows)), nothing)
         if self.model.slot_shapes:
             # From the top, so that a slot is never the row's number.
             slots = [self.slots.setdefault(sequence, SLOTS - 1 - len(self.slots)) for sequence, _ in rows]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adapters import write_adapter
 from driver import PAGE_TOKENS, Driver, Ranks
 from kvrun import models
 from kvrun.engine.images import Image as Shown
@@ -93,11 +94,11 @@ def looked_at(ranks: Ranks, images: list[Shown]) -> int:
     return ranks.engines[0].describe()["images"]["memory"] * len(images)
 
 
-def logits_of(ranks: Ranks, prompts: list, heard: list, chunk: int = 512) -> list[torch.Tensor]:
+def logits_of(ranks: Ranks, prompts: list, heard: list, chunk: int = 512, adapter: int = 0) -> list[torch.Tensor]:
     """The logits of every token of prompts that run together, each in chunks."""
     driver = Driver(ranks.step)
     for sequence, (tokens, images) in enumerate(prompts):
-        driver.add(sequence, tokens, 1, ALL, images=images, looked_at=looked_at(ranks, images))
+        driver.add(sequence, tokens, 1, ALL, adapter, images=images, looked_at=looked_at(ranks, images))
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
     while driver.running:
         heard.clear()
@@ -219,6 +220,22 @@ def test_the_comparison_sees_tokens_of_an_image_that_look_back_only(engines, ora
     tokens, images = prompt(ranks.engines[0].model.spec.images, parts)
     (logits,) = logits_of(ranks, [(tokens, images)], heard)
     assert distance(logits, expected(oracle("gemma3_image"), tokens, parts)) > CLOSE
+
+
+def test_an_adapter_changes_what_tokens_look_at_too(engines, checkpoint, heard, tmp_path):
+    from peft import PeftModel
+
+    write_adapter(tmp_path, checkpoint("idefics"), r=3, lora_alpha=4, target_modules="everything")
+    ranks, changed = engines("idefics"), Oracle(checkpoint("idefics"))
+    plain = Oracle(checkpoint("idefics"))
+    changed.model = PeftModel.from_pretrained(changed.model, tmp_path)
+    ranks.load(1, tmp_path)
+    parts = PARTS["two of different sizes"]
+    tokens, images = prompt(ranks.engines[0].model.spec.images, parts)
+    (logits,) = logits_of(ranks, [(tokens, images)], heard, chunk=9, adapter=1)
+    reference = expected(changed, tokens, parts)
+    assert distance(logits, reference) < CLOSE
+    assert distance(expected(plain, tokens, parts), reference) > 0.1
 
 
 def test_the_tokens_of_an_image_must_be_computed_together_where_they_see_each_other(engines):

@@ -13,7 +13,6 @@ PERCEIVER = {"use_resampler": True, "resampler_n_latents": 6, "resampler_depth":
 IDEFICS = {
     **COMMON,
     **SHAPE,
-    "num_hidden_layers": 4,
     "vocab_size": VOCABULARY,
     "additional_vocab_size": 2,
     "intermediate_size": 96,
@@ -59,5 +58,5 @@ ROWS = {
         {**IDEFICS, "use_resampler": True, "perceiver_config": PERCEIVER, "alpha_type": "vector", "qk_layer_norms": True},
         **SEEING,
     ),
-    "idefics_patches": Row("idefics", {**IDEFICS, "num_attention_heads": 2}, **SEEING),
+    "idefics_patches": Row("idefics", {**IDEFICS, "cross_layer_interval": 1}, **SEEING),
 }
