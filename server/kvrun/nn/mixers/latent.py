@@ -89,8 +89,8 @@ def _taken_apart(mixer: spec.LatentAttention, up: Folded, heads: int, parts: Par
     sizes = [mixer.plain_dim, mixer.value_dim] * heads
     weights, rows = up.weight.split(sizes), source.rows.split(sizes)
     for key, value, key_rows, value_rows in zip(weights[::2], weights[1::2], rows[::2], rows[1::2], strict=True):
-        turned = Source(source.module, all_latents, 0, key_rows, mixer.latent_dim, source.out_features, flipped=True)
-        plain = Source(source.module, value_rows, 0, None, source.out_features, mixer.latent_dim)
+        turned = Source(source.module, all_latents, 0, key_rows, mixer.latent_dim, source.out_features, flipped=True, also=source.also)
+        plain = Source(source.module, value_rows, 0, None, source.out_features, mixer.latent_dim, also=source.also)
         keys.append(parts.shared.linear("column", (turned,), DenseLinear(key.T), None, mixer.latent_dim, mixer.plain_dim))
         values.append(parts.shared.linear("column", (plain,), DenseLinear(value), None, mixer.value_dim, mixer.latent_dim))
     return GroupedLinear(keys), GroupedLinear(values)
