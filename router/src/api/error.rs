@@ -295,3 +295,27 @@ impl From<TemplateError> for ApiError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_shard_died_of_is_refused_in_a_way_that_nobody_retries() {
+        let remaining = Duration::from_secs(599);
+        let error = ApiError::from(Refusal::Quarantined { remaining });
+        let answer = error.render(Dialect::OpenAi);
+        assert_eq!(answer.status(), 424);
+        assert_eq!(answer.headers()["x-should-retry"], "false");
+        assert!(error.message.contains("599 s"), "{error}");
+    }
+
+    #[test]
+    fn a_text_that_tokenizes_too_slowly_is_the_senders_to_change() {
+        let limit = Duration::from_secs(2);
+        let error = ApiError::from(EncodeError::TooSlow { limit });
+        assert_eq!(error.render(Dialect::Tgi).status(), 422);
+        assert_eq!(error.render(Dialect::OpenAi).status(), 400);
+        assert!(error.message.contains("2 s"), "{error}");
+    }
+}

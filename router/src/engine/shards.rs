@@ -36,7 +36,7 @@ const LAST_RETRY: Duration = Duration::from_millis(500);
 const PROMPTLY: Duration = Duration::from_secs(10);
 /// Profiling the largest step and allocating may take this long.
 const RESERVING: Duration = Duration::from_secs(600);
-/// Reading an adapter may take this long.
+/// Reading an adapter, or freeing it, may take this long.
 const LOADING: Duration = Duration::from_secs(120);
 
 /// What the router asks every rank for.
@@ -367,5 +367,9 @@ async fn unload(clients: Vec<Client>, epoch: u64, handle: u64) -> Result<(), Sta
             .unload_adapter(UnloadAdapterRequest { epoch, handle })
             .await
     });
-    try_join_all(calls).await.map(|_| ())
+    let late = |_| Status::deadline_exceeded("a shard did not unload the adapter in time");
+    timeout(LOADING, try_join_all(calls))
+        .await
+        .map_err(late)?
+        .map(|_| ())
 }
