@@ -55,6 +55,11 @@ def made(name: str) -> Callable[[Callable[[], LinearFormat]], Callable[[], Linea
     return register
 
 
+def names() -> tuple[list[str], list[str]]:
+    """The methods that are read from checkpoints, and those that `--quantize` makes while loading, both sorted."""
+    return sorted(_stored), sorted(_made)
+
+
 def choose(quantize: str | None, config: Settings | None) -> LinearFormat:
     """The format for `--quantize` and a checkpoint's own `quantization_config`. Raises Unsupported when they do not agree."""
     if config:
