@@ -321,14 +321,16 @@ WRONG = {
     "this model takes none": ("llama", [Shown(WIDE, 0, 2)]),
     "follow each other": ("llava_next", [Shown(WIDE, 2, 3), Shown(TALL, 4, 1)]),
     "within the 5 tokens": ("llava_next", [Shown(WIDE, 2, 4)]),
+    "2 memory pages each, and it has 1": ("idefics", [Shown(WIDE, 2, 3)], [7]),
+    "memory page 600 is not below": ("idefics", [Shown(WIDE, 2, 3)], [7, 600]),
 }
 
 
 @pytest.mark.parametrize("rule", WRONG)
 def test_an_admit_that_breaks_a_rule_is_refused(rule, engines):
-    row, images = WRONG[rule]
+    row, images, *pages = WRONG[rule]
     with pytest.raises(ProtocolError, match=rule):
-        engines(row).step(Step(1, [], [Admit(1, [5] * 5, 5, Sampling(), 0, images)], []))
+        engines(row).step(Step(1, [], [Admit(1, [5] * 5, 5, Sampling(), 0, images, (), *pages)], []))
 
 
 def transformers_count(height: int, width: int, grids: list, side: int, patch: int) -> int:

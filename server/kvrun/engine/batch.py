@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvrun.engine import images
-from kvrun.engine.images import Chunk
+from kvrun.engine.images import Chunk, SequenceImages
 from kvrun.engine.looked import LookedImages, looked_at
 from kvrun.engine.sequence import Row, Sequence
 from kvrun.lora.table import AdapterTable, Run
@@ -34,7 +34,7 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
     chunks = [
         Chunk(first, row.start, row.start + row.tokens, sequence.images)
         for (row, sequence), first in zip(work, begins)
-        if sequence.images is not None
+        if isinstance(sequence.images, SequenceImages)
     ]
     spliced, reach = images.splice(chunks, places.positions) if chunks else (None, None)
     return ForwardBatch(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvrun.engine.images import Image, Shown, in_order
+from kvrun.engine.images import Image, in_order
 from kvrun.errors import ImageError, ProtocolError
 from kvrun.nn.batch import MemoryRows
 
@@ -28,8 +28,6 @@ class Seen(NamedTuple):
 
 class LookedImages:
     """What the tokens of one sequence look at: each the last image before it. An image takes whole pages of the memory."""
-
-    together = False
 
     def __init__(self, images: Items[Image], sight: Sight, prompt_tokens: int, pages: Items[int], page_tokens: int) -> None:
         """Raises ProtocolError when images are out of order or of the prompt, or the pages do not hold them."""
@@ -59,10 +57,6 @@ class LookedImages:
                 self._encoded.add(number)
         return seen
 
-    def shown(self, start: int, stop: int) -> list[Shown]:
-        """None: no image stands among the tokens themselves."""
-        return []
-
     def forget(self, computed: int) -> None:
         """Nothing: later tokens look at the last image still."""
 
@@ -79,7 +73,9 @@ class LookedImages:
 
     def _find(self, ids: np.ndarray) -> np.ndarray:
         if self._places is None:
-            found = [image.at + np.flatnonzero(ids[image.at : image.end] == self._sight.spec.token) for image in self._images]
+            found: list[np.ndarray] = [
+                image.at + np.flatnonzero(ids[image.at : image.end] == self._sight.spec.token) for image in self._images
+            ]
             if any(len(places) != 1 for places in found):
                 raise ImageError(f"an image stands at one token {self._sight.spec.token}, and its place in the prompt has another number")
             self._places = np.concatenate([np.empty(0, np.int64), *found])
@@ -99,5 +95,5 @@ def looked_at(parts: Items[tuple[int, int, np.ndarray, LookedImages]]) -> Memory
         table[row, : len(pages)] = pages
     begins: np.ndarray = np.zeros(len(runs) + 1, np.int32)
     np.cumsum(counts, out=begins[1:])
-    tensors = (torch.from_numpy(array) for array in (contexts, table, np.repeat(last, counts), begins))
-    return MemoryRows(*tensors)
+    arrays: tuple[np.ndarray, ...] = (contexts, table, np.repeat(last, counts), begins)
+    return MemoryRows(*map(torch.from_numpy, arrays))

@@ -222,6 +222,8 @@ class SequenceTable:
 
     def _images(self, admit: Admit) -> SequenceImages | LookedImages | None:
         if self._sight is not None and self._sight.spec.memory:
+            if max(admit.memory_pages, default=0) >= self._pages:
+                raise ProtocolError(f"memory page {max(admit.memory_pages)} is not below the {self._pages} reserved")
             return LookedImages(admit.images, self._sight, admit.prompt_tokens, admit.memory_pages, self._page_tokens)
         return SequenceImages(admit.images, self._sight, admit.prompt_tokens) if admit.images else None
 

@@ -216,7 +216,7 @@ def mixers(step: Step) -> list[Mixer]:
     return list(step.mixers)
 
 
-def first_norm(layer: Layer) -> Norm | None:
+def first_norm(layer: Layer) -> Norm | Gate | None:
     """The first norm of a layer, if it has one."""
     return next((norm for step in layer.steps for norm in norms(step)), None)
 
