@@ -24,7 +24,7 @@ struct State {
   // What a row's output has to be multiplied by, the sum being complete; 0 where it saw no key. A sink is a logit that
   // takes its share of the sum and adds nothing to the output.
   float scale(int64_t r, const float* sink) const {
-    if (!(total[r] > 0)) return 0.0f;
+    if (total[r] == 0) return 0.0f;
     if (!sink) return 1.0f / total[r];
     const float most = *sink > top[r] ? *sink : top[r], keep = exp1(top[r] - most);
     return keep / (total[r] * keep + exp1(*sink - most));
@@ -33,7 +33,7 @@ struct State {
 
 void merge(State into, State next, int64_t rows, int64_t padded) {
   for (int64_t r = 0; r < rows; r++) {
-    if (next.top[r] == kMinusInfinity) continue;
+    if (next.total[r] == 0) continue;
     const float top = into.top[r] > next.top[r] ? into.top[r] : next.top[r];
     const float keep = exp1(into.top[r] - top), add = exp1(next.top[r] - top);
     into.top[r] = top;

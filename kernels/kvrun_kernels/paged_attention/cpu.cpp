@@ -5,6 +5,7 @@
 // order. A task is a tile of query rows that share a key head, over all splits; or, when tiles are too few for the
 // threads, over one split each, whose states are merged afterwards by the same arithmetic.
 #include "online_softmax.h"
+#include "stored_rows.h"
 #include "thread_pool.h"
 
 namespace kvrun {
@@ -23,7 +24,7 @@ struct Call {
   int64_t q_heads, kv_heads, dim, value_dim, planes, sequences, table_stride, page_tokens, pages, q_token, q_head, window;
   int64_t most;  // distance from which the learned bias stays the same
   float scale, softcap;
-  int64_t q_dtype, pool_dtype;
+  int64_t q_dtype, row_bytes;
 
   int64_t group() const { return q_heads / kv_heads; }
   int64_t padded() const { return whole_vectors(dim); }
@@ -72,11 +73,10 @@ void widen(float* to, const T* from, int64_t dim, int64_t padded) {
 }
 
 // The tile's key head in the page of a sequence's position, or null where its table names none.
-template <class T>
-const T* page_of(const Call& call, const Tile& tile, int64_t index) {
+const char* page_of(const Call& call, const Tile& tile, int64_t index) {
   const int64_t page = call.page_table[tile.sequence * call.table_stride + index];
   if (page < 0 || page >= call.pages) return nullptr;
-  return (const T*)call.pool + (page * call.planes * call.kv_heads + tile.head) * call.page_tokens * call.dim;
+  return (const char*)call.pool + (page * call.planes * call.kv_heads + tile.head) * call.page_tokens * call.row_bytes;
 }
 
 void clear_keys(const Call& call, const Work& work, int64_t first, int64_t last) {
@@ -87,27 +87,27 @@ void clear_keys(const Call& call, const Work& work, int64_t first, int64_t last)
 }
 
 // The tile's part of a block of keys and values. What no row may see is zeroed and never read: it may be no number.
-template <class T>
+template <class Rows>
 void gather(const Call& call, const Tile& tile, int64_t block, const Work& work) {
-  const int64_t padded = call.padded(), value_padded = call.value_padded();
-  const int64_t values = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * call.dim;
+  const int64_t padded = call.padded(), value_padded = call.value_padded(), row_bytes = Rows::bytes(call.dim);
+  const int64_t values = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * row_bytes;
   const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0, end = at_most(tile.end_key - block, kBlock);
   clear_keys(call, work, 0, begin);
   clear_keys(call, work, end, kBlock);
   for (int64_t j = begin; j < end;) {
     const int64_t index = (block + j) / call.page_tokens, offset = (block + j) % call.page_tokens;
     const int64_t last = at_most(j + call.page_tokens - offset, end);
-    const T* page = page_of<T>(call, tile, index);
+    const char* page = page_of(call, tile, index);
     // The hardware cannot foresee where the next page lies.
-    const T* next = block + last < tile.end_key ? page_of<T>(call, tile, (block + last) / call.page_tokens) : page;
+    const char* next = block + last < tile.end_key ? page_of(call, tile, (block + last) / call.page_tokens) : page;
     if (!page) clear_keys(call, work, j, last), j = last;
-    for (int64_t at = offset * call.dim; j < last; j++, at += call.dim) {
-      for (int64_t d = 0; next && d < call.dim; d += 64 / int64_t(sizeof(T))) {
+    for (int64_t at = offset * row_bytes; j < last; j++, at += row_bytes) {
+      for (int64_t d = 0; next && d < row_bytes; d += 64) {
         __builtin_prefetch(next + at + d);
         __builtin_prefetch(next + at + d + values);
       }
-      widen(work.keys + j * padded, page + at, call.dim, padded);
-      if (values) widen(work.values + j * value_padded, page + at + values, call.value_dim, value_padded);
+      Rows::read(work.keys + j * padded, page + at, call.dim, call.dim);
+      if (values) Rows::read(work.values + j * value_padded, page + at + values, call.value_dim, call.dim);
     }
   }
 }
@@ -159,11 +159,11 @@ float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float s
   return keep;
 }
 
-template <class T>
+template <class Rows>
 void attend_block(const Call& call, const Tile& tile, int64_t block, const Work& work, State state) {
   const int64_t padded = call.padded(), value_padded = call.value_padded(), stride = call.value_stride();
   const int64_t count = at_most(tile.end_key - block, kBlock);
-  gather<T>(call, tile, block, work);
+  gather<Rows>(call, tile, block, work);
   in_fours(tile.rows, [&](int64_t r, int height) {
     constexpr void (*by_height[])(const float*, const float*, float*, int64_t, int64_t) = {score<1>, score<2>, score<3>,
                                                                                           score<4>};
@@ -188,13 +188,13 @@ void attend_block(const Call& call, const Tile& tile, int64_t block, const Work&
   });
 }
 
-template <class T>
+template <class Rows>
 void attend_split(const Call& call, const Tile& tile, int64_t split, const Work& work, State state) {
   state.clear(tile.rows, call.value_padded());
   int64_t block = split * kSplit;
   if (block < tile.begin_key) block = tile.begin_key / kBlock * kBlock;
   for (; block < tile.end_key && block < (split + 1) * kSplit; block += kBlock)
-    attend_block<T>(call, tile, block, work, state);
+    attend_block<Rows>(call, tile, block, work, state);
 }
 
 void load_queries(const Call& call, const Tile& tile, float* to) {
@@ -257,7 +257,7 @@ int64_t list_tiles(const Call& call, Tile* tiles) {
   return count;
 }
 
-template <class T>
+template <class Rows>
 void attend_whole(const Call& call, const Tile& tile) {
   const int64_t padded = call.value_padded();
   const Work work(call, tile.rows);
@@ -265,14 +265,14 @@ void attend_whole(const Call& call, const Tile& tile) {
   State all(work.all, tile.rows), split(work.split, tile.rows);
   all.clear(tile.rows, padded);
   for (int64_t s = 0; s < tile.splits; s++) {
-    attend_split<T>(call, tile, tile.first_split + s, work, split);
+    attend_split<Rows>(call, tile, tile.first_split + s, work, split);
     merge(all, split, tile.rows, padded);
   }
   store_out(call, tile, all);
 }
 
 // One task per tile and split, then one per tile to merge.
-template <class T>
+template <class Rows>
 void attend_apart(const Call& call, Tile* tiles, int64_t count) {
   const int64_t padded = call.value_padded();
   size_t floats = 0;
@@ -290,7 +290,7 @@ void attend_apart(const Call& call, Tile* tiles, int64_t count) {
     const Work work(call, tile.rows);
     load_queries(call, tile, work.q);
     float* state = states + tile.state + task * State::floats(tile.rows, padded);
-    attend_split<T>(call, tile, tile.first_split + task, work, State(state, tile.rows));
+    attend_split<Rows>(call, tile, tile.first_split + task, work, State(state, tile.rows));
   });
   parallel_for(count, [&](int64_t i) {
     const Tile& tile = tiles[i];
@@ -312,21 +312,23 @@ KVRUN_OP(paged_attention)
  int64_t table_stride, int64_t page_tokens, int64_t pages, int64_t q_token, int64_t q_head, int64_t window, int64_t most,
  float scale, float softcap, int64_t q_dtype, int64_t pool_dtype) {
   using namespace kvrun;
+  int64_t row_bytes = 0;
+  with_stored_rows(pool_dtype, [&](auto rows) { row_bytes = decltype(rows)::bytes(dim); });
   const Call call{out,       q,         pool,         query_start, contexts,    page_table, reach,   slopes, sinks,
                   relative,  q_heads,   kv_heads,     dim,         value_dim,   planes,     sequences, table_stride,
                   page_tokens, pages,   q_token,      q_head,      window,      most,       scale,   softcap,
-                  q_dtype,   pool_dtype};
+                  q_dtype,   row_bytes};
   const int64_t count = list_tiles(call, nullptr);
   Tile* tiles = (Tile*)scratch(kCallTable, count * sizeof(Tile));
   list_tiles(call, tiles);
   int64_t splits = 0;
   for (int64_t i = 0; i < count; i++) splits += tiles[i].splits;
   const bool apart = count < 4 * thread_count() && splits > count;
-  with_dtype(pool_dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  with_stored_rows(pool_dtype, [&](auto rows) {
+    using Rows = decltype(rows);
     if (apart)
-      attend_apart<T>(call, tiles, count);
+      attend_apart<Rows>(call, tiles, count);
     else
-      parallel_for(count, [&](int64_t i) { attend_whole<T>(call, tiles[i]); });
+      parallel_for(count, [&](int64_t i) { attend_whole<Rows>(call, tiles[i]); });
   });
 }

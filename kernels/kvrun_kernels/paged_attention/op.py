@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.stored import FORMATS, holds, stored_width, widen
 
 SCHEMA = (
     "paged_attention(Tensor q, Tensor pool, Tensor query_start, Tensor contexts, Tensor page_table, float scale, "
@@ -37,7 +38,7 @@ def reference(
         start, stop = int(query_start[n]), int(query_start[n + 1])
         if start == stop:
             continue
-        pages = pool[page_table[n, : -(-context // pool.shape[3])].long()].float()
+        pages = widen(pool[page_table[n, : -(-context // pool.shape[3])].long()])
         planes = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context].repeat_interleave(group, dim=1)
         keys, values = planes[0], planes[-1][..., :value_dim]
         scores = torch.einsum("thd,hkd->htk", q[start:stop].float(), keys) * scale
@@ -93,15 +94,19 @@ def paged_attention(
     What a row sees: the keys up to its own position, or with reach [tokens] int32 up to key reach[row], of those that its
     sequence has · window w > 0: of these only j with i - j < w. A row that sees nothing gets zeros.
 
+    A pool of 8-bit numbers is read as `store_kv` wrote it (`stored.py`).
+
     A row's result is the same to the bit however the prompt is chunked and whatever else is in the batch.
     """
     if q.shape[1] % pool.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads over {pool.shape[2]} key heads; the first must be a multiple of the second")
     if value_dim and value_dim > q.shape[2]:
         raise ValueError(f"values of {value_dim} asked in a pool of {q.shape[2]} numbers a token; ask for at most these")
+    if pool.shape[4] != stored_width(q.shape[2], pool.dtype):
+        raise ValueError(f"queries of {q.shape[2]} numbers asked of a pool whose rows have {pool.shape[4]} elements of {pool.dtype}")
     integers, floats = (query_start, contexts, page_table, reach), (slopes, sinks, relative)
     run = _kernel.run
-    native = on_cpu(q, pool) and pool.is_contiguous()
+    native = on_cpu(q) and holds(pool)
     native = native and all(t is None or (t.dtype == torch.int32 and t.stride(-1) == 1) for t in integers)
     native = native and all(t is None or (t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()) for t in floats)
     if run is None or not native:
@@ -117,6 +122,6 @@ def paged_attention(
         q.shape[1], pool.shape[2], q.shape[2], value_dim, pool.shape[1],
         contexts.shape[0], page_table.stride(0), pool.shape[3], pool.shape[0],
         q.stride(0), q.stride(1), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap,
-        DTYPES[q.dtype], DTYPES[pool.dtype],
+        DTYPES[q.dtype], FORMATS[pool.dtype],
     )  # fmt: skip
     return out
