@@ -74,6 +74,24 @@ PUBLISHED = {
         {"<fake_token_around_image>": 32000, "<image>": 32001},
         {"do_image_splitting": True, "size": {"shortest_edge": 378, "longest_edge": 980}},
     ),
+    "idefics-9b": (
+        {
+            "additional_vocab_size": 2,
+            "alpha_type": "float",
+            "architectures": ["IdeficsForVisionText2Text"],
+            "cross_layer_interval": 4,
+            "max_position_embeddings": 2048,
+            "model_type": "idefics",
+            "perceiver_config": {"model_type": "idefics", "qk_layer_norms_perceiver": True, "resampler_depth": 6},
+            "qk_layer_norms": True,
+            "rms_norm_eps": 1e-06,
+            "use_resampler": True,
+            "vision_config": {"embed_dim": 1280, "image_size": 224, "intermediate_size": 5120, "model_type": "idefics"},
+            "vocab_size": 32000,
+        },
+        {"<fake_token_around_image>": 32000, "<image>": 32001},
+        {"image_size": 224, "image_mean": [0.48145466, 0.4578275, 0.40821073]},
+    ),
     "gemma-3-4b-it": (
         {
             "architectures": ["Gemma3ForConditionalGeneration"],
@@ -133,6 +151,12 @@ def test_what_a_published_llava_says_of_images(tmp_path):
 def test_what_a_published_idefics_says_of_images(tmp_path):
     images = model_of(Config.read(folder_of("idefics2-8b", tmp_path, newer=False))).images
     assert images.ids == (32000, *(32001,) * 64) * 5 + (32000,)
+
+
+def test_what_a_published_first_idefics_says_of_images(tmp_path):
+    model = model_of(Config.read(folder_of("idefics-9b", tmp_path, newer=False)))
+    assert model.images.ids == (32000, 32001, 32000) and model.images.memory == 64
+    assert len(model.decoder.layers) == 32 + 8 and model.decoder.embed.vocabulary == 32002
 
 
 def test_what_a_published_gemma_says_of_images(tmp_path):
