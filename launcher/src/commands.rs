@@ -173,6 +173,12 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
     if limits.share_prefix_cache {
         args.word("--share-prefix-cache");
     }
+    if limits.allow_remote_images {
+        args.word("--allow-remote-images");
+    }
+    if let Some(bytes) = limits.max_image_fetch_size {
+        args.flag("--max-image-fetch-size", bytes.to_string());
+    }
     if !settings.cors_allow_origin.is_empty() {
         args.flag("--cors-allow-origin", settings.cors_allow_origin.join(","));
     }

@@ -38,6 +38,14 @@ pub struct Limits {
     #[arg(long, env, default_value_t = 2_000_000)]
     pub payload_limit: u64,
 
+    /// Fetch images of requests from other servers, public addresses only; `data:` URLs are always taken
+    #[arg(long, env, value_parser = clap::builder::FalseyValueParser::new())]
+    pub allow_remote_images: bool,
+
+    /// Largest image, in bytes; one within a body must fit --payload-limit too [default: 10 MiB]
+    #[arg(long, env)]
+    pub max_image_fetch_size: Option<u64>,
+
     /// Threads that tokenize and validate prompts
     #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub validation_workers: u32,
