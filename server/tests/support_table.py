@@ -37,7 +37,8 @@ def table() -> str:
         families.setdefault(registry.describer(name).__module__, []).append(name)
     lines = [
         f"{len(ROWS)} tiny models stand for {len(registry.served())} architectures. Each is compared, at {WORLDS[0]} to {WORLDS[-1]} "
-        "ranks, with transformers' logits and greedy answers, and with peft's where an adapter changes every linear, the embedding and the head.",
+        "ranks, with transformers' logits and greedy answers, and with peft's where an adapter changes every linear, "
+        "the embedding and the head.",
         "",
         "| family | architectures | compared as | takes | keeps |",
         "|---|---|---|---|---|",
@@ -61,7 +62,7 @@ def table() -> str:
 def _keeps(rows: list[str]) -> str:
     """What a sequence leaves on a shard, as the rows' descriptions say."""
     text = "".join((SNAPSHOTS / f"{row}.txt").read_text() for row in rows)
-    kinds = {"pages": r"Attention ", "slots": r"Mamba", "memory": r"CrossAttention"}
+    kinds = {"pages": r"Attention ", "slots": r"Mamba", "memory": r"CrossAttention| memory="}
     return ", ".join(kind for kind, pattern in kinds.items() if re.search(pattern, text))
 
 

@@ -101,15 +101,19 @@ def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, wo
             assert distance(torch.cat(parts), alone) < CLOSE
 
 
-def test_a_bfloat16_model_stays_near_its_float32_self(groups, checkpoint):
+# T5's hidden states outgrow float16, which test_encoder.py holds to be refused.
+HALVES = [(row, dtype) for row in ROWS for dtype in ("bfloat16", "float16") if (ROWS[row].kind, dtype) != ("t5", "float16")]
+
+
+@pytest.mark.parametrize(("row", "dtype"), HALVES)
+def test_a_model_of_half_precision_stays_near_its_float32_self(row, dtype, groups, checkpoint, expected):
     runner = groups[1]
-    folder = checkpoint("llama_tied")
-    runner.load(folder)
-    exact = runner.step(list(enumerate(prompts())))
-    runner.load(folder, "bfloat16")
-    assert runner._runner.model.dtype == torch.bfloat16
+    runner.load(checkpoint(row), dtype)
+    assert runner._runner.model.dtype == getattr(torch, dtype)
     rough = runner.step(list(enumerate(prompts())))
-    assert 1e-4 < distance(rough, exact) < 1
+    # Most logits by little; a few far, where rounding sent a token to another expert.
+    moved = ((rough - expected(row)).abs() / expected(row).std()).median()
+    assert 1e-5 < moved < 0.1
 
 
 def test_the_ranks_of_a_group_share_out_heads_and_weights(groups, checkpoint):
