@@ -13,7 +13,7 @@ NEW = 24
 ASKED = [*PROMPTS[:5], "A", "And then? " * 15]
 
 
-@pytest.fixture(scope="module", params=[("flan_t5", 1), ("flan_t5_untied", 2), ("mamba", 2), ("mamba2", 1)], ids=str)
+@pytest.fixture(scope="module", params=[("t5", 1), ("flan_t5", 1), ("flan_t5_untied", 2), ("mamba", 2), ("mamba2", 1)], ids=str)
 def served(request, tmp_path_factory):
     """A running tree, and the folder of what it serves."""
     if not (BIN / "text-generation-launcher").exists():
