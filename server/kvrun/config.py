@@ -11,6 +11,7 @@ from pathlib import Path
 from kvrun.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "fp8_e4m3fn", "fp8_e5m2", "int8")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rendezvous", type=Path, help="file at which the ranks meet; fresh for every start of the group")
     add("--model-id", default="", help="name to answer with; the folder when absent")
     add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own")
-    add("--kv-cache-dtype", choices=DTYPES, default="auto", help="auto = the model's")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
     add("--num-threads", type=int, default=0, help="threads of this rank; 0 = all it may run on, divided among the ranks")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")

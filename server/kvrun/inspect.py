@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrun import models
+from kvrun.config import KV_CACHE_DTYPES
 from kvrun.errors import AdapterError, ConfigError, FilesError, KvrunError
 from kvrun.spec import Config
 from kvrun.weights.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ class ModelFacts:
     parameters: int
     file_bytes: int
     rank_weight_bytes: int
+    kv_dtype: str  # that its pages are kept in
     page_bytes: int  # of the KV cache, over all layers
     page_tokens: int
     slot_bytes: int  # of one sequence's recurrent state; 0 in a model without
@@ -65,13 +67,15 @@ class Inspection:
     adapters: list[AdapterFacts]
 
 
-def inspect(folder: Path, adapters: dict[str, Path], dtype: str = "auto", world: int = 1, quantize: str | None = None) -> Inspection:
+def inspect(
+    folder: Path, adapters: dict[str, Path], dtype: str = "auto", world: int = 1, quantize: str | None = None, kv_dtype: str = "auto"
+) -> Inspection:
     """Read all headers. ConfigError or FilesError names the file at fault and the cure."""
-    model = inspect_model(folder, dtype, world, quantize)
+    model = inspect_model(folder, dtype, world, quantize, kv_dtype)
     return Inspection(model, [inspect_adapter(name, path, model.dtype) for name, path in adapters.items()])
 
 
-def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: str | None = None) -> ModelFacts:
+def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: str | None = None, kv_dtype: str = "auto") -> ModelFacts:
     """A model folder as `world` ranks would hold it, in the format of `quantize` or its own."""
     if not folder.is_dir():
         raise FilesError(f"{folder} is not a folder; name the folder that holds config.json and *.safetensors")
@@ -82,7 +86,8 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: s
     stored = {STORED[entry.dtype] for entry in checkpoint.entries.values() if entry.dtype in STORED}
     computed = _computed(dtype, config, stored)
     plans = [plan_model(model, Split(rank, world)) for rank in range(world)]
-    token = max(sum(shape.elements for shape in plan.pages) for plan in plans)  # numbers that one token leaves in pages
+    kept = computed if kv_dtype == "auto" else kv_dtype
+    token = max(sum(shape.bytes(kept) for shape in plan.pages) for plan in plans)
     file_bytes = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.entries.values()})
     weights = config.get("quantization_config") or config.get("compression_config")
     rank_bytes = max(weight_bytes(plan, ITEM_BYTES[computed], quantize, weights) for plan in plans)
@@ -93,7 +98,8 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: s
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         file_bytes=file_bytes,
         rank_weight_bytes=rank_bytes,
-        page_bytes=token * PAGE_TOKENS * ITEM_BYTES[computed],
+        kv_dtype=kept,
+        page_bytes=token * PAGE_TOKENS,
         page_tokens=PAGE_TOKENS,
         slot_bytes=max(sum(shape.bytes(ITEM_BYTES[computed]) for shape in plan.slots) for plan in plans),
         max_positions=model.positions or None,
@@ -151,11 +157,12 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`inspect MODEL_DIR [--lora name=folder;...] [--dtype D] [--world-size N] [--quantize F] [--json]`; returns the exit code."""
+    """`inspect DIR [--lora name=dir;...] [--dtype D] [--kv-cache-dtype D] [--world-size N] [--quantize F] [--json]`; the exit code."""
     parser = argparse.ArgumentParser(prog="text-generation-server inspect", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="MODEL_DIR")
     parser.add_argument("--lora", default="", help="adapters, as name=folder;name=folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", *ITEM_BYTES])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="auto = the model's")
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--quantize", help="the format that the weights will be served in; their own when absent")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -163,7 +170,7 @@ def main(argv: list[str]) -> int:
     try:
         if args.world_size < 1:
             raise ConfigError(f"--world-size {args.world_size}: there must be one rank at least")
-        found = inspect(args.folder, _adapter_list(args.lora), args.dtype, args.world_size, args.quantize)
+        found = inspect(args.folder, _adapter_list(args.lora), args.dtype, args.world_size, args.quantize, args.kv_cache_dtype)
     except KvrunError as error:
         # An adapter that is named at the start and cannot be served is a file at fault.
         print(error, file=sys.stderr)

@@ -25,6 +25,7 @@ from kvrun.errors import ImageError, ProtocolError
 from kvrun.lora.adapter import targets
 from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.loaded import LoadedModel
+from kvrun.state.pages import stored_name, stored_type
 from kvrun.state.pool import Pool
 
 # Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
@@ -44,12 +45,10 @@ class Grant:
 class Engine:
     """This rank's model, its pages, its adapters and the sequences of the current epoch. Raises OutOfMemory if no page fits."""
 
-    def __init__(
-        self, model: LoadedModel, group: Group, budget: MemoryBudget, page_tokens: int = 16, kv_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: LoadedModel, group: Group, budget: MemoryBudget, page_tokens: int = 16, kv_dtype: str | None = None) -> None:
         self.model = model
         self.page_tokens = page_tokens
-        self.kv_dtype = kv_dtype or model.dtype
+        self.kv_dtype = stored_type(kv_dtype) if kv_dtype else model.dtype
         self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed)
         self._group = group
         self._budget = budget
@@ -89,7 +88,7 @@ class Engine:
             "model_digest": model.digest,
             "architecture": model.architecture,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
+            "kv_dtype": stored_name(self.kv_dtype),
             "device": str(model.device),
             "vocabulary": model.vocabulary,
             "vocabulary_limit": model.vocabulary_limit,

@@ -70,7 +70,7 @@ class LoadedModel:
 
     def page_bytes(self, page_tokens: int = 16, dtype: torch.dtype | None = None) -> int:
         """Bytes of one page over all layers of this rank."""
-        return page_bytes(self.page_shapes, page_tokens, (dtype or self.dtype).itemsize)
+        return page_bytes(self.page_shapes, page_tokens, dtype or self.dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, pool: Pool) -> Tensor | None:

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvrun.state.shapes import PageShape
+from kvrun.state.shapes import STORED, PageShape
+
+_TYPES = {name: getattr(torch, name.replace("fp8", "float8")) for name in STORED}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class KvPages:
-    """Keys and values of every layer: `layers[i]` is [pages, planes, kv_heads, page_tokens, head_dim], key 0 and value 1."""
+    """Keys and values of every layer: `layers[i]` is [pages, planes, kv_heads, page_tokens, head_dim], key 0 and value 1.
+
+    In int8 the last dimension is longer by the bytes of a vector's scale; `kvrun_kernels.stored` reads and writes them.
+    """
 
     def __init__(
         self, shapes: Sequence[PageShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
+        beside = STORED[stored_name(dtype)][1] // dtype.itemsize
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
         self.layers: list[Tensor] = [
-            torch.zeros(pages, s.planes, s.kv_heads, page_tokens, s.head_dim, dtype=dtype, device=device) for s in shapes
+            torch.zeros(pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside, dtype=dtype, device=device) for s in shapes
         ]
 
     @property
@@ -29,6 +36,16 @@ class KvPages:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
 
 
-def page_bytes(shapes: Sequence[PageShape], page_tokens: int, element_bytes: int) -> int:
+def page_bytes(shapes: Sequence[PageShape], page_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one page over all layers."""
-    return sum(shape.elements for shape in shapes) * page_tokens * element_bytes
+    return sum(shape.bytes(stored_name(dtype)) for shape in shapes) * page_tokens
+
+
+def stored_name(dtype: torch.dtype) -> str:
+    """What a command line calls the format of a pool of this dtype."""
+    return _NAMES[dtype]
+
+
+def stored_type(name: str) -> torch.dtype:
+    """The dtype of a pool in the format of that name."""
+    return _TYPES[name]

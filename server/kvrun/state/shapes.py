@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+# The number formats of pages by their names on a command line: bytes of a number, and of the scale of each vector of them.
+STORED = {"float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "fp8_e4m3fn": (1, 0), "fp8_e5m2": (1, 0), "int8": (1, 4)}
+
 
 @dataclass(frozen=True)
 class PageShape:
@@ -19,6 +22,11 @@ class PageShape:
     def elements(self) -> int:
         """Numbers per token."""
         return self.planes * self.kv_heads * self.head_dim
+
+    def bytes(self, stored: str) -> int:
+        """Bytes per token in a format of STORED."""
+        number, scale = STORED[stored]
+        return self.planes * self.kv_heads * (self.head_dim * number + scale)
 
 
 class PageUse(Enum):
