@@ -30,7 +30,9 @@ def greedy(folder, prompts: list[str]) -> list[str]:
     answers = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode(prompt).ids])
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)[0].tolist()
+        # Its cache knows one number of layers for both stacks of a model that has two.
+        how = {"do_sample": False, "max_new_tokens": NEW, "use_cache": not model.config.is_encoder_decoder}
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0].tolist()
         answers.append(tokenizer.decode(said[1 if model.config.is_encoder_decoder else ids.shape[1] :]))
     return answers
 
