@@ -13,6 +13,8 @@ constexpr int kPanel = 32;  // as in op.py
 struct Widened {
   using X = float;
   using Factor = Floats;
+  using Sum = Floats;
+  static constexpr bool rounds = false;  // x, to 8 bits
   struct Spread {
     Floats x;
     explicit Spread(const float* from) : x(*from) {}
@@ -93,6 +95,8 @@ struct Float8 : Widened {
 struct Dot {
   using X = uint32_t;
   using Factor = __m512bh;
+  using Sum = Floats;
+  static constexpr bool rounds = false;
   struct Spread {
     __m512bh x;
     explicit Spread(const uint32_t* from) : x((__m512bh)_mm512_set1_epi32(int(*from))) {}
@@ -128,6 +132,104 @@ struct Int8Dot : Dot {
   }
 };
 #endif
+
+// Four products of unsigned by signed bytes, added to each lane. Exact, so every way of it has the same bits.
+#if defined(__AVX512F__)
+inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+inline Floats::Ints dot_vnni(Floats::Ints sum, Floats::Words codes, Floats::Ints x) {
+  // Spelled out: this file is compiled for processors without the instruction too.
+  __m512i added = (__m512i)sum;
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(added) : "v"(codes), "v"(x));
+  return (Floats::Ints)added;
+}
+using Lanes = __m512i;
+inline __m512i multiply_pairs(__m512i a, __m512i b) { return _mm512_madd_epi16(a, b); }
+#elif defined(__AVX2__)
+using Lanes = __m256i;
+inline __m256i multiply_pairs(__m256i a, __m256i b) { return _mm256_madd_epi16(a, b); }
+#endif
+inline Floats::Ints dot(Floats::Ints sum, Floats::Words codes, Floats::Ints all) {
+#if defined(__AVX2__)
+
+  // The bytes at even places, and those at odd ones, as numbers of 16 bits.
+  const Floats::Words even_x = ((Floats::Words)(all << 24 >> 24) & 0xffff) | ((Floats::Words)(all << 8 >> 24) << 16);
+  const Floats::Words odd_x = ((Floats::Words)(all << 16 >> 24) & 0xffff) | ((Floats::Words)(all >> 24) << 16);
+  const Lanes even = multiply_pairs((Lanes)(codes & 0x00ff00ff), (Lanes)even_x);
+  const Lanes odd = multiply_pairs((Lanes)(codes >> 8 & 0x00ff00ff), (Lanes)odd_x);
+  return sum + (Floats::Ints)even + (Floats::Ints)odd;
+#else
+  for (int byte = 0; byte < 4; byte++)
+    sum += (Floats::Ints)(codes >> (8 * byte) & 0xff) * (all << (24 - 8 * byte) >> 24);
+  return sum;
+#endif
+}
+
+// x in 8 bits, four inputs in a word; codes without a sign, `zero` of which stand for nothing.
+template <bool kVnni>
+struct Quads {
+  using X = uint32_t;
+  using Factor = Floats::Words;
+  using Sum = Floats::Ints;
+  static constexpr bool rounds = true;
+  struct Spread {
+    Floats::Ints x;
+    explicit Spread(const uint32_t* from) : x(Floats::Ints{} + int32_t(*from)) {}
+  };
+  static Sum add(Factor w, Spread x, Sum sum) {
+#if defined(__AVX512F__)
+    if constexpr (kVnni) return dot_vnni(sum, w, x.x);
+#endif
+    return dot(sum, w, x.x);
+  }
+};
+
+template <bool kVnni>
+struct NibbleQuads : Quads<kVnni> {
+  static constexpr int inputs = 8, factors = 2, bytes = 4;
+  static constexpr int order[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a load's inputs in its factors' bytes
+  Floats::Words words;
+  NibbleQuads() = default;
+  NibbleQuads(const uint8_t* from, const float*) { memcpy(&words, from, sizeof words); }
+  template <int J>
+  Floats::Words factor(const float*) const {
+    return words >> (4 * J) & 0x0f0f0f0f;
+  }
+};
+
+#if defined(__AVX512F__)
+constexpr int32_t interleaved(int lane) { return lane | (lane + 16) << 16; }
+constexpr Floats::Ints kInterleaved = {interleaved(0),  interleaved(1),  interleaved(2),  interleaved(3),
+                                       interleaved(4),  interleaved(5),  interleaved(6),  interleaved(7),
+                                       interleaved(8),  interleaved(9),  interleaved(10), interleaved(11),
+                                       interleaved(12), interleaved(13), interleaved(14), interleaved(15)};
+#endif
+
+// Two steps of pairs in a load.
+template <bool kVnni>
+struct Int8Quads : Quads<kVnni> {
+  static constexpr int inputs = 4, factors = 1, bytes = 4;
+  static constexpr int order[4] = {0, 1, 2, 3};
+  Floats::Words words;
+  Int8Quads() = default;
+  Int8Quads(const uint8_t* from, const float*) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * Floats::width)));
+    Halves first, second;
+    memcpy(&first, from, sizeof first);
+    memcpy(&second, from + kPanel * 2, sizeof second);
+#if defined(__AVX512F__)
+    // Lane i of both, side by side.
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
+    const Floats::Words lanes = (Floats::Words)_mm512_permutexvar_epi16((__m512i)kInterleaved, both);
+#else
+    const Floats::Words lanes = __builtin_convertvector(first, Floats::Words) | __builtin_convertvector(second, Floats::Words) << 16;
+#endif
+    words = lanes ^ 0x80808080u;
+  }
+  template <int>
+  Floats::Words factor(const float*) const {
+    return words;
+  }
+};
 
 }  // namespace
 }  // namespace kvrun

@@ -27,6 +27,7 @@ constexpr int64_t kSlab = 64 * kRows;
 constexpr int64_t kPad = 8;  // inputs are padded to this (op.py)
 
 enum Form { kNibbles, kInt8, kFloat8 };
+enum Arithmetic { kFloat32, kBfloat16, kRounded };
 enum Offsets { kNone = -1, kShift = 3 };  // besides the codes of dtypes
 
 struct Call {
@@ -36,6 +37,7 @@ struct Call {
   const void *scales, *offsets;  // [panels][groups][kPanel]
   const float* table;
   const void* bias;
+  float zero;  // the code that stands for nothing, where codes are read without a sign
   int64_t rows, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
 
   int64_t padded() const { return (inputs + kPad - 1) / kPad * kPad; }
@@ -62,32 +64,43 @@ inline __attribute__((always_inline)) void unrolled(F&& f, std::integer_sequence
   (f(std::integral_constant<int, I>{}), ...);
 }
 
+// Vectors of a load lie `bytes` of one output apart, but those of Int8Quads in two halves of the load.
+template <class S>
+constexpr int64_t vector_bytes() {
+  return Floats::width * (S::rounds && S::inputs == 4 ? 2 : S::bytes);
+}
+
 // Adds groups [first, last) to the sums [P][R][kPanel] of R rows and P adjacent panels. `codes` begins at group `first`.
 template <class S, int R, int P>
 void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typename S::X* x, const float* totals,
-          int64_t panel, int64_t first, int64_t last, float* sums) {
+          const float* steps, int64_t panel, int64_t first, int64_t last, float* sums) {
   constexpr int V = vectors_at_once(R), lanes = Floats::width;
-  constexpr int64_t ahead = 4096;
+  constexpr int64_t ahead = 2048;
   const int64_t groups = call.groups();
   for (int part = 0; part < kVectors; part += V) {
-    const uint8_t* w = codes + part * lanes * S::bytes;
+    const uint8_t* w = codes + part * vector_bytes<S>();
     const typename S::X* at = x;
     for (int64_t g = first; g < last; g++) {
-      Floats s[P][R][V];
+      typename S::Sum s[P][R][V];
       for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++)
-          for (int v = 0; v < V; v++) s[p][r][v] = Floats::zero();
+          for (int v = 0; v < V; v++) s[p][r][v] = typename S::Sum{};
       Floats scale[P][V];
       for (int p = 0; p < P; p++)
-        for (int v = 0; v < V; v++)
-          scale[p][v] = load_as(call.scales, call.scale_dtype, ((panel + p) * groups + g) * kPanel + (part + v) * lanes);
+        for (int v = 0; v < V; v++) {
+          const int64_t column = ((panel + p) * groups + g) * kPanel + (part + v) * lanes;
+          scale[p][v] = load_as(call.scales, call.scale_dtype, column);
+          __builtin_prefetch((const uint8_t*)call.scales + (column + 8 * kPanel) * (call.scale_dtype ? 2 : 4));
+        }
       const int64_t loads = (call.group_end(g) - g * call.group) / S::inputs;
       for (int64_t i = 0; i < loads; i++, w += kPanel * S::bytes, at += S::factors * R) {
+        // Past its end a panel's stream goes on behind those beside it.
+        const uint8_t* next = w + ahead + (w + ahead >= codes + panel_bytes ? (P - 1) * panel_bytes : 0);
         S held[P][V];
         for (int p = 0; p < P; p++)
           for (int v = 0; v < V; v++) {
-            const uint8_t* from = w + p * panel_bytes + v * lanes * S::bytes;
-            __builtin_prefetch(from + ahead);
+            const uint8_t* from = w + p * panel_bytes + v * vector_bytes<S>();
+            __builtin_prefetch(next + p * panel_bytes + v * lanes * S::bytes);
             held[p][v] = S(from, call.table);
           }
         unrolled<S::factors>(
@@ -110,21 +123,31 @@ void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typ
       for (int p = 0; p < P; p++)
         for (int v = 0; v < V; v++) {
           float* to = sums + p * R * kPanel + (part + v) * lanes;
-          for (int r = 0; r < R; r++) fma(scale[p][v], s[p][r][v], Floats::load(to + r * kPanel)).store(to + r * kPanel);
+          for (int r = 0; r < R; r++) {
+            Floats sum, by = scale[p][v];
+            if constexpr (S::rounds) {
+              const Floats counted = Floats::Raw(__builtin_convertvector(s[p][r][v], Floats::Raw));
+              sum = fma(Floats(-call.zero), Floats(totals[g * R + r]), counted);
+              by = by * Floats(steps[g * R + r]);
+            } else {
+              sum = s[p][r][v];
+            }
+            fma(by, sum, Floats::load(to + r * kPanel)).store(to + r * kPanel);
+          }
           if (call.offset_dtype == kNone) continue;
           const int64_t column = ((panel + p) * groups + g) * kPanel + (part + v) * lanes;
           const Floats offset = call.offset_dtype == kShift ? scale[p][v] * load_shift(call.offsets, column)
                                                             : load_as(call.offsets, call.offset_dtype, column);
           for (int r = 0; r < R; r++)
-            fma(offset, Floats(totals[g * R + r]), Floats::load(to + r * kPanel)).store(to + r * kPanel);
+            fma(offset, Floats(S::rounds ? totals[g * R + r] * steps[g * R + r] : totals[g * R + r]), Floats::load(to + r * kPanel)).store(to + r * kPanel);
         }
     }
   }
 }
 
 template <class S>
-using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*, const float*, int64_t, int64_t, int64_t,
-                      float*);
+using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*, const float*, const float*, int64_t,
+                      int64_t, int64_t, float*);
 
 template <class S>
 struct Tiles {
@@ -139,13 +162,13 @@ struct Tiles {
 template <class S>
 constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
 
-// A slab of rows in its layout: x tile by tile, and the sum of each group's inputs where offsets need it.
+// A slab of rows in its layout: x tile by tile, and the sum of each group's inputs where offsets or zeros need it.
 template <class X>
 struct Slab {
   Rows rows;
   int64_t row0;
   const X* x;
-  const float* totals;
+  const float *totals, *steps;  // steps: what one is worth of x in 8 bits, where it is rounded to them
 };
 
 // A task: adjacent panels against adjacent tiles.
@@ -164,12 +187,12 @@ void multiply(const Call& call, const Slab<typename S::X>& slab, int64_t first_p
     for (int64_t t = first_tile; t < last_tile; t++) {
       const int height = rows.height(t), pair = panels_at_once(height);
       const typename S::X* x = slab.x + rows.begin(t) * factors + load * S::factors * height;
-      const float* totals = slab.totals + rows.begin(t) * groups;
+      const float *totals = slab.totals + rows.begin(t) * groups, *steps = slab.steps + rows.begin(t) * groups;
       float* to = sums + (t - first_tile) * kRows * across * kPanel;
       for (int64_t p = first_panel; p < last_panel;) {
         const int taken = last_panel - p >= pair ? pair : 1;
         const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
-        run(call, call.panels + p * call.panel_bytes() + load * kPanel * S::bytes, call.panel_bytes(), x, totals, p, g, last, to);
+        run(call, call.panels + p * call.panel_bytes() + load * kPanel * S::bytes, call.panel_bytes(), x, totals, steps, p, g, last, to);
         to += taken * height * kPanel;
         p += taken;
       }
@@ -201,23 +224,59 @@ void total(const Call& call, const T* row, int height, float* totals) {
   }
 }
 
+// A row in 8 bits, group by group: its largest magnitude is 127 steps.
+template <class S, class T>
+void round_row(const Call& call, const T* row, int height, uint32_t* to, float* totals, float* steps) {
+  constexpr int lanes = Floats::width;
+  for (int64_t g = 0; g < call.groups(); g++) {
+    const int64_t begin = g * call.group, end = call.group_end(g), last = end < call.inputs ? end : call.inputs;
+    Floats most = Floats::zero();
+    float x[kBlock];
+    for (int64_t k = begin; k < end; k += lanes) {
+      const int64_t there = last - k < lanes ? (last > k ? last - k : 0) : lanes;
+      const Floats value = there == lanes ? Floats::load(row + k) : Floats::load(row + k, there);
+      most = max(most, abs(value));
+      value.store(x + (k - begin), end - k < lanes ? end - k : lanes);
+    }
+    const float top = largest(most), inverse = top > 0 ? 127.0f / top : 0;
+    int32_t all = 0;
+    int8_t codes[kBlock];
+    for (int64_t k = 0; k < end - begin; k++) {
+      codes[k] = int8_t(__builtin_rintf(x[k] * inverse));
+      all += codes[k];
+    }
+    for (int64_t k = 0; k < end - begin; k += 4) {
+      int8_t bytes[4];
+      for (int i = 0; i < 4; i++) bytes[i] = codes[k - k % S::inputs + S::order[k % S::inputs + i]];
+      memcpy(to + (begin + k) / 4 * height, bytes, 4);
+    }
+    totals[g * height] = float(all);
+    steps[g * height] = top / 127.0f;
+  }
+}
+
 template <class S, class T>
 void run_slab(const Call& call, int64_t row0, int64_t count) {
   using X = typename S::X;
   const Rows rows(count, kRows);
   const int64_t padded = call.padded(), factors = padded / S::inputs * S::factors, groups = call.groups();
   const bool offsets = call.offset_dtype != kNone;
-  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + (offsets ? count * groups * sizeof(float) : 0));
-  float* totals = (float*)(x + count * factors);
+  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + 2 * count * groups * sizeof(float));
+  float *totals = (float*)(x + count * factors), *steps = totals + count * groups;
   constexpr int64_t piece = 2048;
   const int64_t pieces = (padded + piece - 1) / piece;
   const auto prepare = [&](int64_t i) {
     const int64_t t = i / pieces, first = i % pieces * piece, last = first + piece < padded ? first + piece : padded;
     const T* from = (const T*)call.x + (row0 + rows.begin(t)) * call.stride;
     const int height = rows.height(t);
-    lay_out<kRows>(x + rows.begin(t) * factors, from, call.stride, height, first, last, call.inputs);
-    if (offsets && first == 0)
-      for (int r = 0; r < height; r++) total(call, from + r * call.stride, height, totals + rows.begin(t) * groups + r);
+    const int64_t tables = rows.begin(t) * groups;
+    if constexpr (S::rounds) {
+      for (int r = 0; r < height && first == 0; r++)
+        round_row<S>(call, from + r * call.stride, height, x + rows.begin(t) * factors + r, totals + tables + r, steps + tables + r);
+    } else {
+      lay_out<kRows>(x + rows.begin(t) * factors, from, call.stride, height, first, last, call.inputs);
+      for (int r = 0; r < height && offsets && first == 0; r++) total(call, from + r * call.stride, height, totals + tables + r);
+    }
   };
   // Waking the others costs more than a few short rows.
   if (count * padded < 32768)
@@ -225,7 +284,7 @@ void run_slab(const Call& call, int64_t row0, int64_t count) {
   else
     parallel_for(rows.tiles * pieces, prepare);
 
-  const Slab<X> slab{rows, row0, x, totals};
+  const Slab<X> slab{rows, row0, x, totals, steps};
   const int64_t panels = (call.outputs + kPanel - 1) / kPanel, enough = 8 * thread_count();
   int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
   while (group > 1 && panels < group * enough) group /= 2;
@@ -242,6 +301,17 @@ template <class S, class T>
 void run_all(const Call& call) {
   for (int64_t row = 0; row < call.rows; row += kSlab)
     run_slab<S, T>(call, row, call.rows - row < kSlab ? call.rows - row : kSlab);
+}
+
+// x in 8 bits.
+void run_rounded(const Call& call) {
+  with_dtype(call.out_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+#if defined(__AVX512F__)
+    if (has_vnni()) return call.form == kNibbles ? run_all<NibbleQuads<true>, T>(call) : run_all<Int8Quads<true>, T>(call);
+#endif
+    call.form == kNibbles ? run_all<NibbleQuads<false>, T>(call) : run_all<Int8Quads<false>, T>(call);
+  });
 }
 
 // codes [outputs, inputs], a byte each, into the layout of codes.h.
@@ -276,20 +346,19 @@ void pack(uint8_t* panels, const uint8_t* codes, int64_t outputs, int64_t inputs
 KVRUN_OP(quantized_linear)
 (void* out, const void* x, const void* panels, const void* scales, const void* offsets, const void* table, const void* bias,
  int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form, int64_t scale_dtype,
- int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t exact_in_bfloat16) {
+ int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t arithmetic) {
   using namespace kvrun;
-  Call call{out, x, (const uint8_t*)panels, scales, offsets, (const float*)table, bias, rows, outputs, inputs,
+  Call call{out, x, (const uint8_t*)panels, scales, offsets, (const float*)table, bias, form == kInt8 ? 128.0f : -((const float*)table)[0], rows, outputs, inputs,
             stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  if (arithmetic == kRounded) return run_rounded(call);
 #if defined(__AVX512BF16__)
-  if (x_dtype == 1 && exact_in_bfloat16) {
+  if (x_dtype == 1 && arithmetic == kBfloat16) {
     uint16_t halves[32];
     for (int i = 0; i < 32; i++) halves[i] = uint16_t(float_to_bits(call.table[i % 16]) >> 16);
     call.table = (const float*)halves;
     if (form == kNibbles) return run_all<NibblesDot, Bfloat16>(call);
     if (form == kInt8) return run_all<Int8Dot, Bfloat16>(call);
   }
-#else
-  (void)exact_in_bfloat16;
 #endif
   with_dtype(x_dtype, [&](auto type) {
     using T = typename decltype(type)::type;

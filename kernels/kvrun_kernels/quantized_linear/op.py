@@ -6,7 +6,7 @@ from torch import Tensor
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 from kvrun_kernels.linear.op import PANEL
 
-SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None) -> Tensor"
+SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None, *, bool rounded=False) -> Tensor"
 
 # Inputs are padded to this, and a group is a multiple of it: one word of nibbles.
 WORD = 8
@@ -22,6 +22,7 @@ _kernel = Kernel("quantized_linear", "ppppppp iiii iiiiiii")
 _pack = Kernel("pack_quantized", "pp iii")
 _FORMS = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _NO_OFFSET, _SHIFT = -1, 3
+_FLOAT32, _BFLOAT16, _ROUNDED = range(3)
 
 
 class PackedQuantized:
@@ -31,7 +32,7 @@ class PackedQuantized:
     `scale * shift` where `offsets` is int8 (a zero point), or the offset itself where it is a float.
     """
 
-    __slots__ = ("codes", "exact_in_bfloat16", "group", "in_features", "offsets", "out_features", "panels", "scales", "table")
+    __slots__ = ("codes", "exact_in_bfloat16", "group", "in_features", "integers", "offsets", "out_features", "panels", "scales", "table")
 
     def __init__(
         self,
@@ -50,6 +51,9 @@ class PackedQuantized:
         self.table = table  # [16] float32
         self.out_features, self.in_features = shape
         self.group = group  # inputs; the last group may be shorter
+        # Codes that are whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
+        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0) + table[0])
+        self.integers = codes == torch.int8 or counted
         # Where this holds, inputs of bfloat16 may meet the codes in bfloat16: nothing is rounded.
         self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))
 
@@ -152,21 +156,31 @@ def _panels(codes: Tensor, nibbles: bool) -> Tensor:
     return (ordered[..., 0::2] | ordered[..., 1::2] << 4).transpose(1, 2).contiguous()
 
 
-def reference(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
-    out = x.float() @ packed.dense().T
+def in_8_bits(x: Tensor, group: int) -> Tensor:
+    """What is left of x [rows, in] when each group of inputs is rounded to 127 steps of its largest magnitude. float32"""
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    most = groups.abs().amax(2, keepdim=True)
+    codes = (groups * torch.where(most > 0, 127 / most, 0)).round()
+    return (codes * (most / 127)).flatten(1)[:, : x.shape[1]]
+
+
+def reference(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    held = in_8_bits(x, packed.group) if rounded and packed.integers else x.float()
+    out = held @ packed.dense().T
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """Multiply rows by the transpose of what the codes stand for and add the bias; sums are float32 and rounded once.
 
     x [rows, in_features] · bias [out_features] · out [rows, out_features], dtype of x. A row's result is the same to
-    the bit whatever the number of rows.
+    the bit whatever the number of rows. `rounded`: inputs in 8 bits where codes are integers, see `in_8_bits`; faster, not exact.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")
     if _kernel.run is None or not on_cpu(x, bias):
-        return reference(x, packed, bias)
+        return reference(x, packed, bias, rounded=rounded)
+    arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
     offsets = packed.offsets
     if offsets is None:
@@ -178,6 +192,6 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
         None if offsets is None else offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),
         x.shape[0], packed.out_features, packed.in_features, x.stride(0),
         packed.group, _FORMS[packed.codes], DTYPES[packed.scales.dtype], offset_dtype, DTYPES[x.dtype],
-        0 if bias is None else DTYPES[bias.dtype], int(packed.exact_in_bfloat16),
+        0 if bias is None else DTYPES[bias.dtype], arithmetic,
     )  # fmt: skip
     return out

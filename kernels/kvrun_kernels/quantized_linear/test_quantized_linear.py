@@ -6,6 +6,7 @@ import torch
 import kvrun_kernels
 from kvrun_kernels import ops
 from kvrun_kernels.ops import PackedQuantized
+from kvrun_kernels.quantized_linear.op import in_8_bits
 
 SHAPES = ((1, 8, 8), (33, 77, 40), (515, 1031, 64), (40, 1700, None))
 NF4 = torch.sort(torch.randn(16)).values
@@ -70,6 +71,29 @@ def test_long_prompts_are_cut_without_a_trace(level, form):
     packed, x = make(form, 64, 130, 64), torch.randn(1700, 130)
     alone = torch.cat([ops.quantized_linear(x[i : i + 1], packed) for i in range(0, 1700, 53)])
     assert torch.equal(ops.quantized_linear(x, packed)[::53], alone)
+
+
+@pytest.mark.parametrize("outputs,inputs,group", SHAPES)
+@pytest.mark.parametrize(
+    "form,offsets", (("int4", "symmetric"), ("int4", "shift"), ("int4", "float"), ("int8", "symmetric"), ("int8", "shift"))
+)
+def test_inputs_in_8_bits_are_rounded_once_and_no_more(level, dtype, form, outputs, inputs, group, offsets, close):
+    packed = make(form, outputs, inputs, group, offsets, dtype)
+    bias = torch.randn(outputs).to(dtype)
+    x = torch.randn(40, inputs).to(dtype)
+    left = in_8_bits(x, packed.group)
+    assert ((left - x.float()).norm() / x.float().norm()).item() < 0.01
+    expected = (left.double() @ packed.dense().double().T + bias.double()).to(dtype)
+    found = ops.quantized_linear(x, packed, bias, rounded=True)
+    close(found, expected, factor=6)
+    for rows in (1, 2, 3, 5, 13):
+        assert torch.equal(ops.quantized_linear(x[:rows], packed, bias, rounded=True), found[:rows]), rows
+
+
+@pytest.mark.parametrize("form", ("float8", "nf4"))
+def test_inputs_stay_exact_where_codes_are_no_integers(level, form):
+    packed, x = make(form, 40, 96, 32), torch.randn(3, 96)
+    assert torch.equal(ops.quantized_linear(x, packed, rounded=True), ops.quantized_linear(x, packed))
 
 
 def test_threads_never_change_a_result(level):
