@@ -60,7 +60,14 @@ def _load(config: ServeConfig) -> Engine:
         group = Group.join(config.rendezvous or "", config.rank, config.world_size)
     except RuntimeError as error:
         raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
-    model = load_model(config.model_dir, dtype=config.dtype, device="cpu", group=group, quantize=config.quantize)
+    model = load_model(
+        config.model_dir,
+        dtype=config.dtype,
+        device="cpu",
+        group=group,
+        quantize=config.quantize,
+        activation_dtype=config.activation_dtype,
+    )
     kv_dtype = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, config.world_size)
     engine = Engine(model, group, budget, config.page_tokens, kv_dtype)

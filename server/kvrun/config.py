@@ -27,6 +27,7 @@ class ServeConfig:
     dtype: str
     kv_cache_dtype: str
     quantize: str | None
+    activation_dtype: str
     num_threads: int  # 0 = as many as this process may run on, divided among the ranks
     kv_cache_bytes: int  # 0 = a share of what is free
     adapter_bytes: int  # 0 = a share of what is free
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
+    add("--activation-dtype", choices=("auto", "int8"), default="auto", help="what quantized linears multiply; int8 is faster, not exact")
     add("--num-threads", type=int, default=0, help="threads of this rank; 0 = all it may run on, divided among the ranks")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")
     add("--adapter-bytes", type=int, default=0, help="bytes for adapters; 0 = a share of what is free")

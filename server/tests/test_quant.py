@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kvrun.quant.coded import CodedLinear, Stacked, build
 from kvrun.quant.codes import Codes, grouped
 from kvrun.quant.registry import UNREAD, choose
 from quantized import SINGLE, WRITERS, pack, write_oracle, write_plain, write_quantized
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import oracle
 
 MADE = ("int8", "int4", "eetq", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4")
@@ -125,6 +126,32 @@ def test_adapters_over_a_format_answer_as_those_of_peft_over_its_weights(name, q
     assert adapted != base
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_experts_of_mxfp4_are_to_the_bit_what_transformers_reads(world, checkpoint, groups, tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    plain, folder = checkpoint("gpt_oss"), tmp_path / "mxfp4"
+    folder.mkdir()
+    tensors, random = load_file(plain / SINGLE), torch.Generator().manual_seed(0)
+    experts = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (count, outputs, inputs // 32, 16), dtype=torch.uint8, generator=random)
+        scales = torch.randint(121, 125, blocks.shape[:3], dtype=torch.uint8, generator=random)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        experts[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    stated = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stated, "quantization_config": {"quant_method": "mxfp4"}}))
+    shutil.copytree(plain, folder / "oracle")
+    save_file(load_file(plain / SINGLE) | experts, folder / "oracle" / SINGLE, metadata={"format": "pt"})
+    groups[world].load(folder)
+    torch.testing.assert_close(groups[world].step([(0, PROMPT)]), oracle(folder, [PROMPT])[0], rtol=1e-3, atol=1e-3)
+    coded = [linear.weight.dense() for linear in load_model(folder).linears if isinstance(linear.weight, CodedLinear)]
+    wanted = [expert.T for name in sorted(experts) for expert in experts[name]]
+    assert len(coded) == len(wanted) and all(any(torch.equal(found, one) for one in wanted) for found in coded)
+
+
 @pytest.mark.parametrize("quantize", MADE)
 def test_formats_made_at_load_answer_as_the_weights_they_stand_for(quantize, plain, changes, tmp_path):
     model = load_model(plain, dtype="float32", quantize=quantize)
@@ -141,6 +168,16 @@ def test_formats_made_at_load_answer_as_the_weights_they_stand_for(quantize, pla
     adapted, base = answers(plain, changes, 1, tmp_path, quantize)
     assert adapted == likeliest(folder, changes, [(PROMPT, adapted[0])])
     assert base == likeliest(folder, None, [(PROMPT, base[0])])
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_activations_of_8_bits_stay_near_the_exact_ones(quantize, plain):
+    exact, rounded = (inner(load_model(plain, dtype="float32", quantize=quantize, activation_dtype=dtype)) for dtype in ("auto", "int8"))
+    for one, other in zip(exact, rounded, strict=True):
+        assert torch.equal(one.weight.dense(), other.weight.dense())
+        x = torch.randn(64, one.in_features)
+        wanted, found = one.weight.matmul(x), other.weight.matmul(x)
+        assert 0 < ((found - wanted).norm() / wanted.norm()).item() < 0.012
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

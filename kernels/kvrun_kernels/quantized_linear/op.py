@@ -183,10 +183,7 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
     offsets = packed.offsets
-    if offsets is None:
-        offset_dtype = _NO_OFFSET
-    else:
-        offset_dtype = _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
+    offset_dtype = _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
     _kernel.run(
         out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), packed.scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),

@@ -153,5 +153,5 @@ def test_what_does_not_fit_is_refused():
         ops.pack_quantized(**int4(8, 24), scales=torch.ones(8, 2), group=8)
     with pytest.raises(ValueError, match="come without offsets"):
         ops.pack_quantized(**float8(8, 24), scales=torch.ones(8, 1), offsets=torch.ones(8, 1))
-    with pytest.raises(ValueError, match="found torch.int32"):
+    with pytest.raises(ValueError, match=r"found torch\.int32"):
         ops.pack_quantized(torch.zeros(8, 8, dtype=torch.int32), torch.ones(8, 1))

@@ -54,10 +54,12 @@ def load_model(
     device: str = "cpu",
     group: Group | None = None,
     quantize: str | None = None,
+    activation_dtype: str = "auto",
 ) -> LoadedModel:
     """Load this rank's share of the model in a folder.
 
-    `dtype` "auto" is the config's own. Raises ConfigError, FilesError, Unsupported or DeviceError before any weight is read
+    `dtype` "auto" is the config's own, `activation_dtype` "auto" that of the model; "int8" rounds what quantized linears take.
+    Raises ConfigError, FilesError, Unsupported or DeviceError before any weight is read
     when something about the folder is wrong.
     """
     if torch.device(device).type != "cpu":
@@ -72,7 +74,7 @@ def load_model(
     loader.audit(plan, weights, model.leftovers)
     chosen = _dtype(dtype, config, checkpoint)
     _refuse_narrow(chosen, model)
-    build = _Build(model, plan, loader, weights, chosen, group)
+    build = _Build(model, plan, loader, weights, chosen, group, activation_dtype == "int8")
     decoder = build.decoder()
     encoder = build.encoder(decoder.embed)
     sight = build.sight()
@@ -124,13 +126,16 @@ def _refuse_narrow(dtype: torch.dtype, model: Model) -> None:
 class _Build:
     """The walk over a description that makes its modules."""
 
-    def __init__(self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group) -> None:
+    def __init__(
+        self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group, rounded: bool
+    ) -> None:
         self.shared = Shared(plan.split, group, dtype)
         self.linears = self.shared.linears
         self._model, self._plan, self._loader, self._format = model, plan, loader, weights
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
         self.hidden = model.decoder.embed.hidden
+        self._rounded = rounded
         self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
         self._whole = False  # whether what it makes is whole on every rank
 
@@ -256,7 +261,7 @@ class _Build:
         for cut in plan.cuts:
             weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
-        weight = build_weight(parts, plan.in_features, self.shared.dtype)
+        weight = build_weight(parts, plan.in_features, self.shared.dtype, self._rounded)
         if not isinstance(weight, DenseLinear):
             self.saved.append(plan.out_features * plan.in_features * self.shared.dtype.itemsize - weight.nbytes)
         return weight

@@ -16,8 +16,9 @@ from kvrun.quant.format import QuantizedLinear
 class CodedLinear:
     """A weight as packed codes."""
 
-    def __init__(self, codes: Codes, in_features: int) -> None:
-        """Not kept beside their packed form."""
+    def __init__(self, codes: Codes, in_features: int, rounded: bool = False) -> None:
+        """The codes are not kept beside their packed form. `rounded`: multiply inputs in 8 bits where the kernel can."""
+        self._rounded = rounded
         self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table)
         self._order, self._in_features = codes.order, in_features
 
@@ -28,7 +29,7 @@ class CodedLinear:
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
-        return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias)
+        return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias, rounded=self._rounded)
 
     def dense(self) -> Tensor:
         """The weight that the codes stand for, [out, in] float32."""
@@ -62,19 +63,19 @@ class Stacked:
         return torch.cat([part.dense().float() for part in self._parts])
 
 
-def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype) -> QuantizedLinear:
-    """One linear of its parts' rows below each other; plain parts take `dtype`."""
+def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype, rounded: bool = False) -> QuantizedLinear:
+    """One linear of its parts' rows below each other; plain parts take `dtype`, inputs of coded ones 8 bits if `rounded`."""
     if len(parts) == 1:
         (part,) = parts
-        return CodedLinear(part, in_features) if isinstance(part, Codes) else DenseLinear(part.to(dtype))
+        return CodedLinear(part, in_features, rounded) if isinstance(part, Codes) else DenseLinear(part.to(dtype))
     plain = [part for part in parts if isinstance(part, Tensor)]
     if len(plain) == len(parts):
         return DenseLinear(torch.cat([part.to(dtype) for part in plain]))
     coded = [part for part in parts if isinstance(part, Codes)]
     if len(coded) == len(parts) and all(_alike(coded[0], other) for other in coded[1:]):
-        return CodedLinear(_joined(coded), in_features)
+        return CodedLinear(_joined(coded), in_features, rounded)
     sizes = [len(part.values if isinstance(part, Codes) else part) for part in parts]
-    return Stacked([build([part], in_features, dtype) for part in parts], sizes)
+    return Stacked([build([part], in_features, dtype, rounded) for part in parts], sizes)
 
 
 def _joined(parts: Sequence[Codes]) -> Codes:

@@ -1,4 +1,4 @@
-"""mxfp4: floats of 4 bits with a power of two for each 32 inputs, as gpt-oss stores its experts (OCP Microscaling 1.0)."""
+"""MXFP4: floats of 4 bits whose 32 neighbours share a power of two (OCP Microscaling 1.0), as gpt-oss stores its experts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvrun.quant.registry import Settings, stored
 from kvrun.weights.plan import Cut, Role
 
 BLOCK = 32
-BIAS = 127  # of the exponents
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the other eight are their negatives
+POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the sign is the highest bit
+BY_BLOCK = Axes(out=0, inp=1, inp_per=BLOCK)
 
 
-class Mxfp4:
-    """weight = table[code] * 2 ** (exponent - 127). Outputs come first, also where the plain weight has inputs first."""
+class MxFp4:
+    """weight = table[code] * 2 ** (scale - 127), low halves of bytes first; outputs by inputs, whichever way plain ones lie."""
 
     unit = BLOCK
 
@@ -29,15 +29,17 @@ class Mxfp4:
 
     def tensors(self) -> Mapping[str, Axes]:
         """See LinearFormat."""
-        return dict.fromkeys(("blocks", "scales"), Axes(out=0, inp=1, inp_per=BLOCK))
+        return {"blocks": BY_BLOCK, "scales": BY_BLOCK}
 
     def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
         """See LinearFormat."""
-        pairs, table = tensors["blocks"], torch.tensor(E2M1)
-        values = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
-        return Codes(values, torch.exp2(tensors["scales"].float() - BIAS), group=BLOCK, table=torch.cat((table, -table)))
+        pairs, table = tensors["blocks"], torch.tensor(POSITIVE)
+        values = torch.stack((pairs & 15, pairs >> 4), dim=3).flatten(1)
+        # Powers of two: exact in bfloat16.
+        scales = torch.exp2(tensors["scales"].float() - 127).bfloat16()
+        return Codes(values, scales, group=BLOCK, table=torch.cat((table, -table)))
 
 
 @stored("mxfp4")
 def _(settings: Settings) -> LinearFormat:
-    return Mxfp4()
+    return MxFp4()
