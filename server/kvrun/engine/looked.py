@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,6 +56,7 @@ class LookedImages:
                 slots = self._pages[number][offsets // self._page_tokens] * self._page_tokens + offsets % self._page_tokens
                 seen.append(Seen(rows, torch.from_numpy(slots.astype(np.int32))))
                 self._encoded.add(number)
+                self._images[number] = replace(self._images[number], data=b"")  # nobody asks for it again
         return seen
 
     def forget(self, computed: int) -> None:
