@@ -80,7 +80,7 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
     args.flag("--rendezvous", run.join(format!("rendezvous-{generation}")));
     args.flag("--model-id", &settings.model_id);
     args.flag("--dtype", settings.dtype.name());
-    args.flag("--kv-cache-dtype", "auto");
+    args.flag("--kv-cache-dtype", settings.kv_cache_dtype.name());
     if let Some(format) = settings.quantize {
         args.flag("--quantize", format.name());
     }
@@ -323,14 +323,21 @@ mod tests {
 
     #[test]
     fn every_process_is_told_its_place() {
-        let [shard, router] = whole(&["--quantize=gptq", "--dtype=bfloat16"], &[]);
+        let [shard, router] = whole(
+            &[
+                "--quantize=gptq",
+                "--dtype=bfloat16",
+                "--kv-cache-dtype=int8",
+            ],
+            &[],
+        );
         assert_eq!(
             shard.program,
             PathBuf::from("/opt/bin/text-generation-server")
         );
         assert!(line(&shard).starts_with(
             "serve /models/m --uds-path /run/kvrun-1/shard-1 --rank 1 --world-size 2 --rendezvous \
-             /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype auto --quantize gptq"
+             /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype int8 --quantize gptq"
         ));
         assert!(line(&router).starts_with(
             "--http-fd 5 --control-fd 6 --shard-uds-path /run/kvrun-1/shard --num-shard 2 --tokenizer-name /models/m"

@@ -18,6 +18,8 @@ pub struct ModelFacts {
     pub dtype: String,
     /// Weights of the fullest rank, in `dtype`.
     pub rank_weight_bytes: u64,
+    /// Number format of the KV cache.
+    pub kv_dtype: String,
     /// One page of the KV cache on one rank.
     pub page_bytes: u64,
     pub page_tokens: u32,

@@ -1,5 +1,6 @@
 //! What will be started, and with how much memory: a pure function of flags, machine and model.
 
+use crate::args::KvCacheDtype;
 use crate::failure::{Code, Failure};
 use crate::inspection::Inspection;
 use crate::machine::Machine;
@@ -82,6 +83,13 @@ pub fn make(
             "this version computes on the CPU: the plan is of main memory, and no GPU is used"
                 .to_owned(),
         );
+    }
+    if model.page_bytes == 0 && settings.kv_cache_dtype != KvCacheDtype::Auto {
+        remarks.push(format!(
+            "--kv-cache-dtype {} changes nothing: {} keeps no keys and values",
+            settings.kv_cache_dtype.name(),
+            model.architecture
+        ));
     }
     let window = model.max_positions.unwrap_or(UNSTATED_POSITIONS);
     let asked = settings.limits.max_total_tokens;

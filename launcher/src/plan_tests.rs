@@ -31,6 +31,7 @@ fn inspection() -> Inspection {
         parameters: 1 << 30,
         dtype: "bfloat16".into(),
         rank_weight_bytes: 2 * GIB,
+        kv_dtype: "bfloat16".into(),
         page_bytes: MIB,
         page_tokens: 16,
         slot_bytes: 0,
@@ -216,6 +217,10 @@ fn a_step_of_a_recurrent_model_has_as_many_rows_as_states_fit() {
         (Some(128), 128 * 64 * MIB)
     );
     assert_eq!((roomy.kv_cache.bytes, roomy.max_total_tokens), (0, 4096));
+    let flags = settings(&["--kv-cache-dtype=int8"]);
+    let told = make(&flags, &machine(64 * GIB), &recurrent()).expect("a plan");
+    let of_format = |remark: &String| remark.contains("--kv-cache-dtype int8");
+    assert!(told.remarks.iter().any(of_format) && !roomy.remarks.iter().any(of_format));
     assert!(roomy.kv_cache.tokens() >= 128 * 4096);
     let narrow = make(&settings(&[]), &machine(8 * GIB), &recurrent()).expect("a plan");
     let rows = narrow.max_batch_size.expect("bounded by memory");

@@ -48,6 +48,7 @@ impl Work<'_> {
     pub fn inspection(&self, served: &Served) -> Result<Inspection, Failure> {
         let shards = self.settings.shards.to_string();
         let dtype = self.settings.dtype.name();
+        let kv_dtype = self.settings.kv_cache_dtype.name();
         let quantize = self.settings.quantize.map(|format| format.name());
         let adapters = commands::adapter_list(served);
         let mut args: Vec<&OsStr> =
@@ -55,6 +56,8 @@ impl Work<'_> {
         args.extend([
             OsStr::new("--dtype"),
             dtype.as_ref(),
+            "--kv-cache-dtype".as_ref(),
+            kv_dtype.as_ref(),
             "--world-size".as_ref(),
             shards.as_ref(),
         ]);

@@ -20,6 +20,7 @@ pub struct Settings {
     pub lora_dir: Option<PathBuf>,
     pub allow_dynamic_lora: bool,
     pub dtype: Dtype,
+    pub kv_cache_dtype: KvCacheDtype,
     pub quantize: Option<Quantize>,
     /// Number of model processes.
     pub shards: u32,
@@ -61,7 +62,7 @@ impl Settings {
             })?,
             set => set,
         };
-        refuse_formats(quantize, model.kv_cache_dtype)?;
+        refuse_formats(quantize)?;
 
         let list = model
             .lora_ids
@@ -114,6 +115,7 @@ impl Settings {
             lora_dir: model.lora_dir,
             allow_dynamic_lora: model.allow_dynamic_lora,
             dtype: model.dtype.unwrap_or(Dtype::Auto),
+            kv_cache_dtype: model.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             quantize,
             shards: shards.unwrap_or(1),
             num_threads: sharding.num_threads,
@@ -169,25 +171,14 @@ fn from_variable<T, E>(
     }
 }
 
-fn refuse_formats(
-    quantize: Option<Quantize>,
-    kv_cache: Option<KvCacheDtype>,
-) -> Result<(), Failure> {
+fn refuse_formats(quantize: Option<Quantize>) -> Result<(), Failure> {
     if quantize == Some(Quantize::Exl2) {
         return Err(Failure::config(
             "--quantize exl2 is not supported: the format needs kernels that exist for no processor; use a gptq or awq \
              version of the model",
         ));
     }
-    match kv_cache {
-        Some(format @ (KvCacheDtype::Fp8E4m3fn | KvCacheDtype::Fp8E5m2)) => {
-            Err(Failure::config(format!(
-                "--kv-cache-dtype {} is not supported: the KV cache has the number format of --dtype; leave the flag out",
-                format.name()
-            )))
-        }
-        Some(KvCacheDtype::Auto) | None => Ok(()),
-    }
+    Ok(())
 }
 
 fn check_lengths(limits: &Limits) -> Result<(), Failure> {

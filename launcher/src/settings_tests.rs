@@ -126,12 +126,27 @@ fn quantize_takes_the_names_known_elsewhere() {
 }
 
 #[test]
+fn the_kv_cache_takes_every_format_by_its_name() {
+    for name in [
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+        "fp8_e4m3fn",
+        "fp8_e5m2",
+        "int8",
+    ] {
+        let settings = check(&["--model-id", "m", "--kv-cache-dtype", name]).expect(name);
+        assert_eq!(settings.kv_cache_dtype.name(), name);
+    }
+}
+
+#[test]
 fn what_would_change_the_service_is_refused_with_its_reason() {
     for (flags, words) in [
         (["--ngrok", "--model-id=m"], "tunnel"),
         (["--quantize=exl2", "--model-id=m"], "exl2"),
         (["--rope-factor=2", "--model-id=m"], "config.json"),
-        (["--kv-cache-dtype=fp8_e5m2", "--model-id=m"], "fp8_e5m2"),
         (
             ["--tokenizer-config-path=x", "--model-id=m"],
             "tokenizer_config.json",

@@ -67,7 +67,7 @@ pub fn render(
             plural(u64::from(plan.threads), "thread"),
         ),
     ));
-    lines.extend(memory(plan));
+    lines.extend(memory(plan, &model.kv_dtype));
     lines.push(row(
         "requests",
         &format!(
@@ -105,12 +105,13 @@ pub fn render_processes(site: Site<'_>) -> String {
     lines.collect()
 }
 
-fn memory(plan: &Plan) -> Vec<String> {
+fn memory(plan: &Plan, kv_dtype: &str) -> Vec<String> {
     let cache = plan.kv_cache;
     let pages = format!(
-        "{} pages of {} tokens: {} tokens",
+        "{} pages of {} tokens in {kv_dtype}, {} each: {} tokens",
         grouped(cache.pages),
         cache.page_tokens,
+        size(cache.bytes / cache.pages.max(1)),
         grouped(cache.tokens())
     );
     let mut parts = vec![

@@ -1,4 +1,4 @@
-"""One long sequence, many short ones, and prompts; over keys and values, and over latents."""
+"""One long sequence, many short ones, and prompts; over keys and values, over latents, and over pools of every format."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import torch
 from kvrun_kernels import ops
 from kvrun_kernels.bench import Case
 from kvrun_kernels.paged_attention.op import reference
+from kvrun_kernels.stored import FORMATS, narrow
 
 
 def cases() -> Iterator[Case]:
@@ -29,3 +30,9 @@ def cases() -> Iterator[Case]:
                 flops=2 * sequences * seen * q_heads * (dim + value_dim),
                 beside=lambda args=args, n=value_dim: reference(*args, value_dim=n),
             )
+    q, one = torch.randn(1, 32, 128).to(torch.bfloat16), torch.tensor([0, 1], dtype=torch.int32)
+    for format in FORMATS:
+        pool = narrow(torch.randn(1024, 2, 8, 16, 128), format)
+        args = (q, pool, one, one[1:] * 16384, torch.randperm(1024).to(torch.int32).view(1, -1), 128**-0.5)
+        name = str(format).removeprefix("torch.")
+        yield Case(f"{name}, 32/8 heads of 128, 1 x 1 at 16384", lambda args=args: ops.paged_attention(*args), bytes=pool.nbytes)

@@ -90,12 +90,17 @@ pub enum Dtype {
 pub enum KvCacheDtype {
     /// That of the activations.
     Auto,
-    /// Refused for now.
+    Float32,
+    Bfloat16,
+    Float16,
+    /// 8-bit floats with 3 bits of fraction
     #[value(name = "fp8_e4m3fn")]
     Fp8E4m3fn,
-    /// Refused for now.
+    /// 8-bit floats with 2 bits of fraction
     #[value(name = "fp8_e5m2")]
     Fp8E5m2,
+    /// 8-bit integers and a scale for each key and value
+    Int8,
 }
 
 /// How the weights are quantized; the names are those of text-generation-inference.

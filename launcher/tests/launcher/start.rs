@@ -61,7 +61,7 @@ fn a_plan_is_printed_and_nothing_started() {
 #[test]
 fn a_model_larger_than_memory_is_refused_in_numbers() {
     let mut model = json!({"model": {
-        "architecture": "LlamaForCausalLM", "parameters": 1, "dtype": "float32", "page_bytes": 4096,
+        "architecture": "LlamaForCausalLM", "parameters": 1, "dtype": "float32", "kv_dtype": "float32", "page_bytes": 4096,
         "page_tokens": 16, "max_positions": 512,
     }});
     model["model"]["rank_weight_bytes"] = json!(1u64 << 50);

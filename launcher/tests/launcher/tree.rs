@@ -22,7 +22,7 @@ impl Site {
         let site = Self(tempfile::tempdir().expect("a folder"));
         let mut all = json!({"model": {
             "architecture": "LlamaForCausalLM", "parameters": 1000, "dtype": "float32", "rank_weight_bytes": 4000,
-            "page_bytes": 4096, "page_tokens": 16, "max_positions": 512,
+            "kv_dtype": "float32", "page_bytes": 4096, "page_tokens": 16, "max_positions": 512,
         }});
         all.as_object_mut()
             .expect("an object")
