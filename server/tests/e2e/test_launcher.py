@@ -96,6 +96,15 @@ def test_plan_prints_and_stops():
         assert word in log.lower(), log
 
 
+def test_a_cache_of_8_bits_is_planned_and_served():
+    code, log = ended(launch(*demo_flags(adapters=False), "--kv-cache-dtype", "int8", "--plan"))
+    assert code == 0 and "tokens in int8" in log, log
+    with running(*demo_flags(adapters=False), "--kv-cache-dtype", "int8") as tree:
+        with tree.client() as http:
+            assert http.get("/info").json()["kv_dtype"] == "int8"
+        assert len(tree.generate("Once upon a time", max_new_tokens=8).ids) == 8
+
+
 def test_sigterm_drains_and_ends_with_0():
     with running(*demo_flags()) as tree:
         assert tree.generate("The cat", max_new_tokens=4).error is None
