@@ -20,7 +20,9 @@ inline Floats::Ints to_words(CodeLanes v) { return (Floats::Ints)_mm256_cvtepi8_
 #else
 typedef int16_t ShortLanes __attribute__((vector_size(2 * Floats::width)));
 inline HalfLanes to_halves(CodeLanes v) { return (HalfLanes)__builtin_convertvector(v, ShortLanes); }
-inline Floats::Ints to_words(CodeLanes v) { return __builtin_convertvector(__builtin_convertvector(v, ShortLanes), Floats::Ints); }
+inline Floats::Ints to_words(CodeLanes v) {
+  return __builtin_convertvector(__builtin_convertvector(v, ShortLanes), Floats::Ints);
+}
 #endif
 inline CodeLanes to_bytes(Floats::Words v) {
   return __builtin_convertvector(__builtin_convertvector(v, HalfLanes), CodeLanes);
