@@ -42,6 +42,10 @@ class Runner:
         adapter = read_adapter(folder, self.model.linears, self.model.dtype, self.model.decoder.embed)
         self.adapters |= dict.fromkeys(sequences, adapter)
 
+    def expect(self, most: dict[int, int]) -> None:
+        """Say how many tokens each of these sequences may come to, where that is not what its first step brings."""
+        self.most |= most
+
     def _lora(self, rows: list[tuple[int, list[int]]]) -> LoraBatch | None:
         runs, start = [], 0
         for sequence, tokens in rows:

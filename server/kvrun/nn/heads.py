@@ -62,11 +62,16 @@ class Projection:
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See HeadsNorm."""
         wide_q, wide_k = q.float(), k.float()
-        squares = torch.stack([wide_q.square().sum((1, 2)), wide_k.square().sum((1, 2)) * self.counts_keys], dim=1)
+        squares = torch.stack([_sum(wide_q.square()), _sum(wide_k.square()) * self.counts_keys], dim=1)
         squares = self.group.all_reduce(squares)
         q_scale = torch.rsqrt(squares[:, 0] / self.query_width + self.query_eps)
         k_scale = torch.rsqrt(squares[:, 1] / self.key_width + self.key_eps)
         return (wide_q * q_scale[:, None, None] * self.query).to(q.dtype), (wide_k * k_scale[:, None, None] * self.key).to(k.dtype)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum of each row of x, added in one order: torch's plain sum takes another for another number of rows."""
+    return x.flatten(1).cumsum(dim=1)[:, -1]
 
 
 def heads_norm(mixer: Attention, norm: QueryKeyNorm, share: HeadShare, parts: Parts) -> HeadsNorm:
