@@ -290,7 +290,7 @@ def test_auto_takes_the_type_of_the_config_and_else_of_the_weights(copy):
 
 def test_what_cannot_be_honoured_is_refused_by_name(copy):
     folder = copy("llama")
-    with pytest.raises(Unsupported, match="--quantize awq reads weights stored so, and config.json has no quantization_config"):
+    with pytest.raises(Unsupported, match=r"--quantize awq reads weights stored so, and config.json has no quantization_config"):
         load_model(folder, quantize="awq")
     with pytest.raises(Unsupported, match="--dtype int3"):
         load_model(folder, dtype="int3")
