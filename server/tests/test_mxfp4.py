@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kvrun.nn.build import load_model
-from kvrun.quant.mxfp4 import Mxfp4
+from kvrun.quant.mxfp4 import MxFp4
 from kvrun.weights.plan import Cut
 from safetensors.torch import load_file, save_file
 from test_parity import CLOSE, distance, prompts
@@ -35,7 +35,7 @@ def test_codes_stand_for_what_transformers_makes_of_them():
     theirs = apart(blocks, scales)
     for expert in range(3):
         cut = Cut("w", ((0, 8),), ((0, 64),), 8, 64, True, (expert, 3))
-        codes = Mxfp4().decode({"blocks": blocks[expert], "scales": scales[expert]}, cut)
+        codes = MxFp4().decode({"blocks": blocks[expert], "scales": scales[expert]}, cut)
         ours = codes.table[codes.values.long()] * codes.scales.repeat_interleave(32, 1)
         assert torch.equal(ours.T, theirs[expert])
 
