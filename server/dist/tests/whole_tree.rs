@@ -66,7 +66,7 @@ impl Site {
         fs::write(home.join("model/tokenizer_config.json"), "{}").expect("a config");
         let facts = json!({"adapters": [], "model": {
             "architecture": "FakeForCausalLM", "parameters": 1, "dtype": "float32", "rank_weight_bytes": 1,
-            "page_bytes": 4096, "page_tokens": 16, "max_positions": 4096,
+            "kv_dtype": "bfloat16", "page_bytes": 4096, "page_tokens": 16, "max_positions": 4096,
         }});
         fs::write(home.join("facts"), facts.to_string()).expect("facts");
         let script = format!(
