@@ -8,6 +8,7 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 
 import grpc
 import pytest
@@ -214,7 +215,10 @@ def test_two_ranks_answer_as_one(checkpoint, tmp_path, engines, adapter):
 
 
 def test_sigterm_ends_it_at_once_with_code_0_even_while_loading(checkpoint, tmp_path):
-    shard = Shard(checkpoint("llama"), tmp_path / "shard")
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")  # nobody writes into it, so whoever reads it loads for ever
+    shard = Shard(folder, tmp_path / "shard")
     try:
         assert shard.status() != SERVING  # the socket answers before torch is imported
         assert failure(lambda: shard.calls.Describe(pb.DescribeRequest()))[0] == grpc.StatusCode.UNAVAILABLE

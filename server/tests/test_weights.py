@@ -302,9 +302,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(copy):
     edit_config(folder, quantization_config=None, hidden_act="softsign")
     with pytest.raises(Unsupported, match="activation softsign is not served; known are silu"):
         load_model(folder)
-    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    edit_config(folder, hidden_act="silu", rope_parameters=long)
-    with pytest.raises(Unsupported, match="longrope is not served"):
+    edit_config(folder, hidden_act="silu", rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+    with pytest.raises(Unsupported, match="rope scaling spiral is not served"):
         load_model(folder)
 
 
