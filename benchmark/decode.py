@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "server" / "tests" / "e2e"))
-from tree import running, together
+from tree import BIN, running, together
 
 
 def stream_gaps(url: str, prompt: str, tokens: int, adapter: str | None = None) -> list[float]:
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--quantize", default="", help="what kv.run makes of the weights; transformers takes them as they are")
     args = parser.parse_args()
 
     import torch
@@ -75,8 +77,16 @@ def main() -> None:
     flags = ["--model-id", str(args.model), "--dtype", args.dtype, "--max-total-tokens", "2048"]
     if adapters:
         flags += ["--lora-ids", ";".join(f"{p.name}={p}" for p in adapters)]
+    if args.quantize:
+        flags += ["--quantize", args.quantize]
     other = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    weights = sum(p.numel() * p.element_size() for n, p in other.named_parameters() if "embed_tokens" not in n)
+    embedding = other.get_input_embeddings().weight.nbytes
+    plain = sum(p.nbytes for p in other.parameters()) - embedding
+    facts = subprocess.run(
+        [BIN / "text-generation-server", "inspect", args.model, "--dtype", args.dtype, "--quantize", args.quantize, "--json"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    held = json.loads(facts.stdout)["model"]["rank_weight_bytes"] - embedding
     found: dict[str, list[float]] = {}
     with running(*flags) as tree:
         stream_gaps(tree.url, prompts[0], 4)
@@ -90,12 +100,13 @@ def main() -> None:
                     found.setdefault(f"kv.run, {kind}, {streams} streams", []).append(per_step / streams)
             found.setdefault("transformers generate, 1 stream", []).append(transformers_step(other, tokenizer, prompts[0], args.tokens))
     bandwidth = read_bandwidth()
-    print(f"\n{args.model.name}, {args.dtype}: {weights / 1e9:.2f} GB of weights per step; the machine reads {bandwidth / 1e9:.1f} GB/s\n")
+    name = f"{args.model.name}, {args.dtype}{', ' if args.quantize else ''}{args.quantize}"
+    print(f"\n{name}: {held / 1e9:.2f} GB of weights per step; the machine reads {bandwidth / 1e9:.1f} GB/s\n")
     print("| way | tokens/s | ms per token | spread | share of bandwidth |\n|---|---|---|---|---|")
     for way, times in found.items():
         middle = statistics.median(times)
         streams = int(way.split(",")[-1].split()[0])
-        share = weights / (middle * streams) / bandwidth
+        share = (plain if way.startswith("transformers") else held) / (middle * streams) / bandwidth
         print(f"| {way} | {1 / middle:.1f} | {1e3 * middle:.1f} | {1e3 * min(times):.1f} to {1e3 * max(times):.1f} | {share:.0%} |")
 
 
