@@ -31,7 +31,7 @@ from tiny import ROWS, oracle_model
 from tiny.t5 import T5
 from wire import group
 
-CLOSE = 5e-4  # of the logits' standard deviation
+CLOSE = 1e-3  # of the logits' standard deviation
 COUNT = 24
 START = T5["decoder_start_token_id"]
 # Lengths within a page, at its end, and past the distance at which biases of positions end.

@@ -23,7 +23,7 @@ from wire import group
 
 # Without it torch's own functions serve, which round otherwise at the end of a tensor than within.
 NATIVE = kvrun_kernels.describe().get("ssd_scan", "reference") != "reference"
-CLOSE = 5e-4  # of the logits' standard deviation
+CLOSE = 1e-3  # of the logits' standard deviation
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 2, 9, 30, 61)]
 
 
