@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -77,19 +76,6 @@ class LoraBatch:
             if changed is not None:
                 rows = changed.table[ids[run.start : run.stop]]
                 ops.lora(x[run.start : run.stop], rows, ops.LoraSegments.joined([(changed.update, 0, len(rows))]))
-
-    def picked(self, tokens: Tensor) -> LoraBatch:
-        """The same adapters for a choice of this step's tokens, in the order of `tokens`, which may repeat them."""
-        chosen = tokens.numpy()
-        owner = np.full(int(chosen.max(initial=-1)) + 1, -1)
-        for index, run in enumerate(self._runs):
-            owner[run.start : run.stop] = index
-        owners = owner[chosen]
-        borders = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
-        runs = [
-            Run(start, stop, self._runs[owners[start]].adapter) for start, stop in pairwise(borders) if start < stop and owners[start] >= 0
-        ]
-        return LoraBatch.of(runs)
 
 
 class AdapterTable:

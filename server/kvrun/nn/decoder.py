@@ -46,7 +46,7 @@ class Decoder:
         x = x.float() if self.wide else x
         for residual in self.residuals:
             residual(x, step)
-        return self.head(x[batch.wanted], None if batch.lora is None else batch.lora.picked(batch.wanted))
+        return self.head(x[batch.wanted], batch.wanted, batch.lora)
 
     def remember(self, readers: Sequence[Reader], features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
         """Have mixers keep keys and values of what they will look at, in these slots of their layers' pages."""

@@ -65,12 +65,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def __call__(self, x: Tensor, lora: LinearDelta | None) -> Tensor | None:
-        """x [S, hidden], the adapters of these S tokens -> [S, vocabulary] float32 on rank 0, None elsewhere"""
+    def __call__(self, x: Tensor, tokens: Tensor, lora: LinearDelta | None) -> Tensor | None:
+        """x [S, hidden] of these tokens of the step, [S] int64 ascending -> [S, vocabulary] float32 on rank 0, None elsewhere"""
         x = x if self.norm is None else self.norm(x)
         if self.project is not None:
-            x = self.project(x, lora)
-        gathered = self.group.gather_columns(self.weight(x, lora), self.sizes)
+            x = self.project.of_some(x, tokens, lora)
+        gathered = self.group.gather_columns(self.weight.of_some(x, tokens, lora), self.sizes)
         if gathered is None:
             return None
         logits = gathered.float()

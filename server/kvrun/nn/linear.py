@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvrun.quant.format import QuantizedLinear
@@ -40,9 +41,6 @@ class LinearDelta(Protocol):
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """Add to x, in place, what the adapters of its rows change in the embeddings of ids. ids [T] · x [T, width]."""
-
-    def picked(self, tokens: Tensor) -> LinearDelta:
-        """The same for a choice of the step's tokens, [S] int64, in their order."""
 
     def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
         """The same for rows that belong to many linears: rows offsets[g] to offsets[g + 1] to linear sites[g].
@@ -80,4 +78,11 @@ class Linear:
         y = self.weight.matmul(x, self.bias)
         if lora is not None:
             lora.apply(self.site, x, y)
+        return y
+
+    def of_some(self, x: Tensor, tokens: Tensor, lora: LinearDelta | None) -> Tensor:
+        """The same for some of the step's tokens, [S] int64 ascending. x [S, in_features] -> [S, out_features]"""
+        y = self.weight.matmul(x, self.bias)
+        if lora is not None:
+            lora.apply_grouped([self.site], x, y, torch.tensor([0, len(tokens)]), tokens)
         return y
