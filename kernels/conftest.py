@@ -1,8 +1,15 @@
-"""What the kernels' tests share: every level this machine has, and one way to compare with a reference."""
+"""What the kernels' tests share: every level and device this machine has, and one way to compare with a reference."""
+
+import os
 
 import kvrun_kernels
 import pytest
 import torch
+
+# Read when Triton is imported, so it is settled here, before any test: compiled where there is a GPU, else interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -12,6 +19,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "punica_test: adapters of many ranks in one batch, and the kernels below them")
+    config.addinivalue_line("markers", "gpu: Triton's code compiled, on a CUDA device")
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +34,20 @@ def level(request):
     kvrun_kernels.use(request.param)
     yield request.param
     kvrun_kernels.use("native")
+
+
+@pytest.fixture(params=("interpreter", pytest.param("cuda", marks=pytest.mark.gpu)))
+def device(request):
+    """Runs the test on Triton's code: interpreted over tensors of the CPU, or compiled for the GPU."""
+    if request.param == "cuda" and (INTERPRETING or not torch.cuda.is_available()):
+        pytest.skip("a CUDA device and Triton's compiler (TRITON_INTERPRET unset): not here")
+    if request.param == "interpreter" and not INTERPRETING:
+        pytest.skip("Triton's interpreter: not on, set TRITON_INTERPRET=1")
+    torch.set_default_device("cpu" if request.param == "interpreter" else "cuda")
+    kvrun_kernels.use("triton" if request.param == "interpreter" else "native")
+    yield request.param
+    kvrun_kernels.use("native")
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

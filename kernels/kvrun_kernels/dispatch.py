@@ -1,15 +1,18 @@
-"""Loads the native library and hands each op the function for this processor's instruction set.
+"""Hands each op what serves it: on the CPU the native function for this processor's instruction set, on a GPU its Triton code.
 
-What lives here: finding `native.so`, choosing a level, counting threads. What never does: tensors' meaning.
+What lives here: finding `native.so`, choosing a level, knowing devices, counting threads. What never does: tensors' meaning.
 Two variables force a choice, for tests and for diagnosis: `KVRUN_ISA` (a level's name) and
-`KVRUN_KERNELS=reference` (no native code at all).
+`KVRUN_KERNELS=reference` (neither native code nor Triton).
 """
 
 import ctypes
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -25,13 +28,15 @@ _ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 class Kernel:
-    """One op's native function. `run` is None while the reference has to serve.
+    """One op's native function, and its Triton code. `run` is None while the reference has to serve on the CPU.
 
-    `signature` has a letter per argument: p pointer, i 64-bit integer, f float.
+    `signature` has a letter per argument: p pointer, i 64-bit integer, f float. `elsewhere` names what serves off the CPU
+    where the op's folder has no `triton.py`.
     """
 
-    def __init__(self, name: str, signature: str):
+    def __init__(self, name: str, signature: str, elsewhere: str = "reference"):
         self.name = name
+        self.elsewhere = "triton" if Path(__file__).with_name(name).joinpath("triton.py").exists() and _has_triton else elsewhere
         self.run: Callable[..., None] | None = None
         self.level: str | None = None
         self._types = [_ARGUMENTS[letter] for letter in signature if letter != " "]
@@ -50,6 +55,15 @@ class Kernel:
                 self.run, self.level = function, candidate
                 return
 
+    def triton(self, *tensors: torch.Tensor | None) -> ModuleType | None:
+        """The op's `triton.py` if it serves these: on a GPU, of a known dtype, last dimension contiguous.
+
+        It is imported when the first such tensors come: a server on CPUs never loads Triton.
+        """
+        if self.elsewhere != "triton" or not all(t is None or _triton_reads(t) for t in tensors):
+            return None
+        return importlib.import_module(f"kvrun_kernels.{self.name}.triton")
+
 
 def levels() -> tuple[str, ...]:
     """The levels that this processor can run, best first; empty without the library."""
@@ -59,9 +73,17 @@ def levels() -> tuple[str, ...]:
 
 
 def use(level: str = "native") -> None:
-    """Serve every op from `level`: "native" (the best), "reference", or a name out of `levels()`."""
-    global _chosen
-    if level == "reference" or (level == "native" and _library is None):
+    """Serve every op from `level`: "native" (the best of each device), "reference", or a name out of `levels()`.
+
+    "triton" has Triton's interpreter serve the CPU too, which tests use; it needs TRITON_INTERPRET=1 before Triton is loaded.
+    """
+    global _chosen, _triton_devices
+    if level == "triton" and not (_has_triton and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            "Triton asked for the CPU, where it runs interpreted: install triton and set TRITON_INTERPRET=1 before it is loaded"
+        )
+    _triton_devices = {"reference": frozenset[str](), "triton": frozenset({"cuda", "cpu"})}.get(level, frozenset({"cuda"}))
+    if level in ("reference", "triton") or (level == "native" and _library is None):
         _chosen = None
     elif level == "native" and _library is not None:
         _chosen = _best(_library)
@@ -70,17 +92,22 @@ def use(level: str = "native") -> None:
     else:
         raise ValueError(
             f"instruction set level {level!r} asked, this machine has {', '.join(levels()) or 'no native library'}; "
-            'use one of these, "native" or "reference"'
+            'use one of these, "native", "reference" or "triton"'
         )
     for kernel in _kernels.values():
         kernel.resolve(_chosen)
 
 
-def describe() -> dict[str, str]:
-    """Say what serves each op, as {"linear": "native/avx512", "rope": "reference", ...}."""
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Say what serves each op on a device, as {"linear": "native/avx512", "rope": "reference", ...}."""
     import kvrun_kernels.ops  # noqa: F401  (the ops register themselves)
 
-    return {name: f"native/{k.level}" if k.run else "reference" for name, k in sorted(_kernels.items())}
+    def serving(kernel: Kernel) -> str:
+        if device not in _triton_devices:
+            return f"native/{kernel.level}" if kernel.run and device == "cpu" else "reference"
+        return f"{kernel.elsewhere}/interpreter" if kernel.elsewhere == "triton" and device == "cpu" else kernel.elsewhere
+
+    return {name: serving(kernel) for name, kernel in sorted(_kernels.items())}
 
 
 def set_num_threads(count: int) -> None:
@@ -103,8 +130,17 @@ def on_cpu(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or (t.is_cpu and t.dtype in DTYPES and t.stride(-1) == 1) for t in tensors)
 
 
+def on_gpu(t: torch.Tensor) -> bool:
+    """Whether a tensor is where Triton serves: on a GPU, or anywhere under `use("triton")`."""
+    return t.device.type in _triton_devices
+
+
+def _triton_reads(t: torch.Tensor) -> bool:
+    return on_gpu(t) and t.dtype in DTYPES and (t.dim() == 0 or t.stride(-1) == 1)
+
+
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get("KVRUN_KERNELS") == "reference" or not LIBRARY.exists():
+    if _forced or not LIBRARY.exists():
         return None
     try:
         library = ctypes.CDLL(str(LIBRARY))
@@ -126,5 +162,8 @@ def _best(library: ctypes.CDLL) -> str:
 
 _kernels: dict[str, Kernel] = {}
 _chosen: str | None = None
+_has_triton = importlib.util.find_spec("triton") is not None
+_triton_devices: frozenset[str] = frozenset()
+_forced = os.environ.get("KVRUN_KERNELS") == "reference"
 _library = _load()
-use(os.environ.get("KVRUN_ISA", "native") if _library is not None else "reference")
+use("reference" if _forced else "native" if _library is None else os.environ.get("KVRUN_ISA", "native"))

@@ -137,3 +137,29 @@ def test_tensors_that_native_code_cannot_read_go_to_the_reference():
     assert not dispatch.on_cpu(torch.zeros(2, 2).T)
     x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     assert ops.rms_norm(x, weight, 1e-6).dtype == torch.float64
+
+
+def test_a_run_on_the_cpu_never_loads_triton():
+    code = """
+import sys, torch
+from kvrun_kernels import ops
+import kvrun_kernels
+x, packed = torch.randn(2, 16), ops.pack_quantized(torch.zeros(8, 16, dtype=torch.int8), torch.ones(8, 1))
+ops.rms_norm(ops.quantized_linear(x, packed), torch.ones(8), 1e-6)
+print("triton" in sys.modules, kvrun_kernels.describe()["rms_norm"].split("/")[0])
+"""
+    expected = "native" if kvrun_kernels.levels() else "reference"
+    assert run_python(code).stdout.split() == ["False", expected]
+
+
+def test_what_serves_an_op_depends_on_the_device():
+    code = "import kvrun_kernels; print(*(kvrun_kernels.describe('cuda')[op] for op in ('rms_norm', 'quantized_linear', 'linear')))"
+    assert run_python(code).stdout.split() == ["triton", "triton", "torch"]
+    assert run_python(code, KVRUN_KERNELS="reference").stdout.split() == ["reference"] * 3
+
+
+def test_triton_on_the_cpu_is_refused_where_it_would_not_be_interpreted():
+    code = "import kvrun_kernels; kvrun_kernels.use('triton')"
+    assert "set TRITON_INTERPRET=1 before it is loaded" in run_python(code, TRITON_INTERPRET="0").stderr
+    code += "; print(kvrun_kernels.describe()['rms_norm'])"
+    assert run_python(code, TRITON_INTERPRET="1").stdout.strip() == "triton/interpreter"

@@ -10,8 +10,8 @@ SCHEMA = "linear(Tensor x, PackedLinear packed, Tensor? bias=None) -> Tensor"
 # Output rows in a panel: two AVX-512 vectors, four AVX2 vectors (include/panel.h says the same).
 PANEL = 32
 
-_kernel = Kernel("linear", "pppp iiii iii")
-_pack = Kernel("pack_linear", "pp iii i")
+_kernel = Kernel("linear", "pppp iiii iii", elsewhere="torch")
+_pack = Kernel("pack_linear", "pp iii i", elsewhere="torch")
 
 
 class PackedLinear:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu, on_gpu
 from kvrun_kernels.linear.op import PANEL
 
 SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None, *, bool rounded=False) -> Tensor"
@@ -19,7 +19,7 @@ FLOAT8_UNIT = 256.0
 INTEGERS = tuple(float(code) for code in range(-8, 8))
 
 _kernel = Kernel("quantized_linear", "ppppppp iiii iiiiiii")
-_pack = Kernel("pack_quantized", "pp iii")
+_pack = Kernel("pack_quantized", "pp iii", elsewhere="torch")
 _FORMS = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _NO_OFFSET, _SHIFT = -1, 3
 _FLOAT32, _BFLOAT16, _ROUNDED = range(3)
@@ -52,7 +52,7 @@ class PackedQuantized:
         self.out_features, self.in_features = shape
         self.group = group  # inputs; the last group may be shorter
         # Codes that are whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
-        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0) + table[0])
+        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0, device=table.device) + table[0])
         self.integers = codes == torch.int8 or counted
         # Where this holds, inputs of bfloat16 may meet the codes in bfloat16: nothing is rounded.
         self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))
@@ -66,8 +66,6 @@ class PackedQuantized:
         """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""
         panel, row = ids // PANEL, ids % PANEL
         held = self.panels[panel, :, row].flatten(1)
-        scales = self.scales[panel, :, row].float()
-        weight = self._spread(scales)
         if self.codes == torch.uint8:
             nibbles = torch.stack((held & 15, held >> 4), dim=-1).view(len(ids), -1, WORD)
             codes = torch.empty_like(nibbles)
@@ -77,17 +75,21 @@ class PackedQuantized:
             values = held.view(self.codes).float()
             if self.codes == torch.float8_e4m3fn:
                 values = values / FLOAT8_UNIT
-        values = values[:, : self.in_features]
-        if self.offsets is None:
-            return values * weight
-        offsets = self._spread(self.offsets[panel, :, row].float())
-        if self.offsets.dtype == torch.int8:
-            return (values + offsets) * weight
-        return values * weight + offsets
+        offsets = None if self.offsets is None else self.offsets[panel, :, row]
+        return self.scaled(values, self.scales[panel, :, row], offsets)
 
     def dense(self) -> Tensor:
         """The whole weight they stand for. -> [out_features, in_features] float32"""
         return self.rows(torch.arange(self.out_features))
+
+    def scaled(self, values: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+        """What codes of these values stand for, with their rows' scales and offsets [ids, groups]."""
+        values, weight = values[:, : self.in_features], self._spread(scales.float())
+        if offsets is None:
+            return values * weight
+        if offsets.dtype == torch.int8:
+            return (values + self._spread(offsets.float())) * weight
+        return values * weight + self._spread(offsets.float())
 
     def _spread(self, per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
@@ -108,16 +110,21 @@ def pack_quantized(
     groups = -(-in_features // group)
     if scales.shape != (out_features, groups):
         raise ValueError(f"scales of shape {[out_features, groups]} asked, found {list(scales.shape)}; one for each {group} inputs")
-    if codes.dtype == torch.float8_e4m3fn:
-        if offsets is not None:
-            raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
-        scales = scales.float() * FLOAT8_UNIT
+    if codes.dtype == torch.float8_e4m3fn and offsets is not None:
+        raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
     held = _chain(group)
+    given = torch.tensor(INTEGERS) if table is None else table.float().contiguous()
+    if on_gpu(codes) or not codes.is_cpu:
+        # Only there: what a GPU reads needs neither panels nor short groups.
+        from kvrun_kernels.quantized_linear.rows import pack_rows
+
+        return pack_rows(codes, scales, offsets, given, group)
+    if codes.dtype == torch.float8_e4m3fn:
+        scales = scales.float() * FLOAT8_UNIT
     if held != group:
         index = torch.arange(0, in_features, held) // group
         scales, offsets = scales[:, index], None if offsets is None else offsets[:, index]
     panels = _panels(codes, codes.dtype == torch.uint8)
-    given = torch.tensor(INTEGERS) if table is None else table.float().contiguous()
     offsets = None if offsets is None else _columns(offsets)
     return PackedQuantized(codes.dtype, panels, _columns(scales), offsets, given, held, (out_features, in_features))
 
@@ -178,6 +185,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")
+    if gpu := _kernel.triton(x, bias):
+        return gpu.quantized_linear(x, packed, bias, rounded=rounded)
     if _kernel.run is None or not on_cpu(x, bias):
         return reference(x, packed, bias, rounded=rounded)
     arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32

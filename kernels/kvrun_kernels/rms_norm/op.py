@@ -21,6 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     x [rows, width] · weight [width] · out like x, contiguous.
     """
+    if x.dim() == 2 and (gpu := _kernel.triton(x, weight)):
+        return gpu.rms_norm(x, weight, eps, offset)
     if _kernel.run is None or x.dim() != 2 or not on_cpu(x, weight):
         return reference(x, weight, eps, offset)
     out = torch.empty(x.shape, dtype=x.dtype)

@@ -1,0 +1,46 @@
+"""Weights of 4 or 8 bits as a GPU reads them: row by row, so that a tile of any shape is a few straight runs of bytes."""
+
+import torch
+from torch import Tensor
+
+from kvrun_kernels.quantized_linear.op import PackedQuantized
+
+ALIGNED = 16  # bytes that a row is a multiple of: the widest load
+
+
+class QuantizedRows(PackedQuantized):
+    """A weight [out_features, in_features] as rows of codes; what they stand for, PackedQuantized says.
+
+    panels [out, bytes] uint8, ends filled with zeros: of 4 bits, input 2j lies in the lower half of byte j and 2j + 1 in the
+    upper · scales and offsets [groups, out]
+    """
+
+    __slots__ = ("first",)
+
+    def __init__(
+        self, codes: torch.dtype, panels: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor, group: int, shape: tuple[int, int]
+    ):
+        super().__init__(codes, panels, scales, offsets, table, group, shape)
+        self.first = float(table[0])  # what code 0 stands for, where codes are counted
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""
+        ids = ids.to(self.panels.device)
+        held = self.panels[ids]
+        if self.codes == torch.uint8:
+            values = self.table[torch.stack((held & 15, held >> 4), dim=-1).flatten(1).int()]
+        else:
+            values = held.view(self.codes).float()
+        return self.scaled(values, self.scales[:, ids].T, None if self.offsets is None else self.offsets[:, ids].T)
+
+
+def pack_rows(codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor, group: int) -> QuantizedRows:
+    """Lay out codes [out, in] with scales and offsets [out, groups]; arguments are as `pack_quantized` has checked them."""
+    out_features, in_features = codes.shape
+    held = codes.view(torch.uint8)
+    if codes.dtype == torch.uint8:
+        held = torch.nn.functional.pad(held, (0, in_features % 2))
+        held = held[:, 0::2] | held[:, 1::2] << 4
+    held = torch.nn.functional.pad(held, (0, -held.shape[1] % ALIGNED)).contiguous()
+    offsets = None if offsets is None else offsets.T.contiguous()
+    return QuantizedRows(codes.dtype, held, scales.T.contiguous(), offsets, table.to(codes.device), group, (out_features, in_features))

@@ -1,0 +1,128 @@
+"""Products with weights of 4 or 8 bits on GPUs: codes meet the inputs in a tensor core, scales meet their sums.
+
+Codes are exact in every dtype of inputs but for tables of fractions (nf4, fp4), which are rounded to it. A scale multiplies the
+sum over its group in float32. Only groups that no tile fits (not a multiple of 16) scale each weight and round it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvrun_kernels.quantized_linear.op import FLOAT8_UNIT, in_8_bits
+from kvrun_kernels.quantized_linear.rows import QuantizedRows
+from kvrun_kernels.tiles import e4m3, product, rounded, up_to_power
+
+FEW_ROWS = 16  # up to here the weight's bytes are all that counts, and its inputs are cut among programs
+PROGRAMS = 256  # that then share a weight, about two for each processor of a large GPU
+LEAST_CUT = 512  # inputs
+
+_FORMS = {torch.int8: 0, torch.float8_e4m3fn: 1}
+_COUNTED, _TABLE = 2, 3
+_NO_OFFSET, _SHIFT, _ADDED = range(3)
+
+
+@triton.jit
+def _values(codes, row_start, held_rows, at, inputs, table, first, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What codes [outputs, BLOCK_K] from input `at` stand for before their scale, float32; zeros beyond the end do no harm."""
+    if FORM < 2:
+        k = at + tl.arange(0, BLOCK_K)
+        raw = tl.load(codes + row_start[:, None] + k[None, :], held_rows[:, None] & (k < inputs)[None, :], other=0)
+        values = e4m3(raw) if FORM == 1 else raw.to(tl.int8, bitcast=True).to(tl.float32)
+    else:
+        pair = at // 2 + tl.arange(0, BLOCK_K // 2)
+        raw = tl.load(codes + row_start[:, None] + pair[None, :], held_rows[:, None] & (pair * 2 < inputs)[None, :], other=0)
+        nibbles = tl.interleave(raw & 15, raw >> 4)
+        values = nibbles.to(tl.float32) + first if FORM == 2 else tl.load(table + nibbles.to(tl.int32))
+    return values
+
+
+@triton.jit
+def _multiply(
+    out, x, codes, scales, offsets, table, bias, rows, outputs, inputs, x_stride, code_stride, group, cut, first,
+    FORM: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
+    mine, held = m < rows, n < outputs
+    x_start, row_start = m.to(tl.int64) * x_stride, n.to(tl.int64) * code_stride
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(part * cut, min(part * cut + cut, inputs), BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        inner = tl.load(x + x_start[:, None] + k[None, :], mine[:, None] & (k < inputs)[None, :], other=0.0)
+        weight = _values(codes, row_start, held, at, inputs, table, first, FORM, BLOCK_K)
+        if WHOLE:
+            # The tile lies in one group: its sum is scaled, and an offset adds the inputs' own sum.
+            of_group = (at // group) * outputs + n
+            scale = tl.load(scales + of_group, held, other=0.0).to(tl.float32) * UNIT
+            sums = product(inner, tl.trans(rounded(weight, inner.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            total += sums * scale[None, :]
+            if OFFSET:
+                offset = tl.load(offsets + of_group, held, other=0).to(tl.float32)
+                total += tl.sum(inner.to(tl.float32), 1)[:, None] * (offset * scale if OFFSET == 1 else offset)[None, :]
+        else:
+            of_group = (k // group)[None, :] * outputs + n[:, None]
+            both = held[:, None] & (k < inputs)[None, :]
+            scale = tl.load(scales + of_group, both, other=0.0).to(tl.float32) * UNIT
+            if OFFSET:
+                offset = tl.load(offsets + of_group, both, other=0).to(tl.float32)
+                weight = (weight + offset) * scale if OFFSET == 1 else weight * scale + offset
+            else:
+                weight = weight * scale
+            total = product(inner, tl.trans(rounded(weight, inner.dtype)), total)
+    if BIAS:
+        total += tl.load(bias + n, held, other=0.0).to(tl.float32)[None, :]
+    target = out + (part.to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
+    tl.store(target, rounded(total, out.dtype.element_ty), mine[:, None] & held[None, :])
+
+
+@triton.jit
+def _add_parts(out, parts, bias, count, elements, outputs, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    held = at < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + part * elements + at, held, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % outputs, held, other=0.0).to(tl.float32)
+    tl.store(out + at, rounded(total, out.dtype.element_ty), held)
+
+
+def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+    """As the op says; inputs in 8 bits are rounded here as everywhere, but multiplied in float32."""
+    rows, outputs, inputs, group = x.shape[0], packed.out_features, packed.in_features, packed.group
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if not rows or not outputs:
+        return out
+    if rounded and packed.integers:
+        x = in_8_bits(x, group)
+    counted = packed.codes == torch.uint8 and packed.integers
+    few = rows <= FEW_ROWS
+    block_m = 16 if few else up_to_power(rows, 32, 128)
+    block_n, block_k = (64, 128) if few else (128, 64)
+    whole = group % 16 == 0 or group >= inputs
+    # The largest power of two that divides a group, for a tile must not touch two.
+    block_k = min(block_k, group & -group) if whole and group < inputs else block_k
+    tiles = (triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))
+    parts = max(1, min(PROGRAMS // tiles[1], inputs // LEAST_CUT)) if few else 1
+    cut = triton.cdiv(triton.cdiv(inputs, parts), block_k) * block_k
+    parts = triton.cdiv(inputs, cut)
+    target = out if parts == 1 else torch.empty((parts, rows, outputs), dtype=torch.float32, device=x.device)
+    absent = packed.scales  # a pointer that is not followed
+    offsets = packed.offsets
+    _multiply[tiles[0], tiles[1], parts](
+        target, x, packed.panels, packed.scales, absent if offsets is None else offsets, packed.table, absent if bias is None else bias,
+        rows, outputs, inputs, x.stride(0), packed.panels.stride(0), group, cut, packed.first,
+        FORM=_COUNTED if counted else _FORMS.get(packed.codes, _TABLE),
+        OFFSET=_NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else _ADDED,
+        BIAS=bias is not None and parts == 1, UNIT=FLOAT8_UNIT if packed.codes == torch.float8_e4m3fn else 1.0, WHOLE=whole,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8 if block_m == 128 else 4, num_stages=4 if few else 3,
+    )  # fmt: skip
+    if parts > 1:
+        block = 1024
+        _add_parts[(triton.cdiv(out.numel(), block),)](
+            out, target, absent if bias is None else bias, parts, out.numel(), outputs, BIAS=bias is not None, BLOCK=block
+        )
+    return out
