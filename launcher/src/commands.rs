@@ -151,6 +151,7 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
         ),
         ("--max-batch-total-tokens", limits.max_batch_total_tokens),
         ("--max-batch-size", plan.max_batch_size),
+        ("--speculate", limits.speculate),
         ("--max-best-of", Some(limits.max_best_of)),
         ("--max-stop-sequences", Some(limits.max_stop_sequences)),
         ("--max-top-n-tokens", Some(limits.max_top_n_tokens)),

@@ -116,6 +116,9 @@ pub struct Args {
     /// Lets API keys share cached prefixes with each other
     #[arg(long, env)]
     pub share_prefix_cache: bool,
+    /// Tokens of a sequence that one step computes on a guess, looked up in its own text; 0 = none
+    #[arg(long, env, default_value_t = 0)]
+    pub speculate: u32,
 
     /// API keys, comma between them; from the environment only, as arguments are visible to others
     #[arg(

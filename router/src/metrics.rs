@@ -78,6 +78,10 @@ pub const SHARD_RESTARTS: &str = "kvrun_shard_restarts_total";
 pub const REPLAYED_REQUESTS: &str = "kvrun_replayed_requests_total";
 /// Requests whose pages were taken back under pressure and computed again.
 pub const PREEMPTIONS: &str = "kvrun_preemptions_total";
+/// Tokens that steps computed on a guess.
+pub const GUESSED: &str = "kvrun_guessed_tokens_total";
+/// Guessed tokens that became part of an answer.
+pub const GUESSED_RIGHT: &str = "kvrun_guessed_right_tokens_total";
 /// Rows that the shard failed alone.
 pub const FAILED_ROWS: &str = "kvrun_failed_rows_total";
 /// Requests given up because the model process died of them, or of ones that ask the same.
@@ -174,6 +178,11 @@ fn describe() {
         (
             PREEMPTIONS,
             "Requests whose pages were taken back under pressure.",
+        ),
+        (GUESSED, "Tokens that steps computed on a guess."),
+        (
+            GUESSED_RIGHT,
+            "Guessed tokens that became part of an answer.",
         ),
         (FAILED_ROWS, "Rows that the shard failed alone."),
         (

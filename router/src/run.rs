@@ -167,6 +167,7 @@ fn start(args: Args) -> Result<(), Fatal> {
         queue_requests: args.max_concurrent_requests.max(1),
         queue_tokens: 0,
         share_prefixes: args.share_prefix_cache,
+        speculate: args.speculate,
         adapters,
         control: control::channel(control),
     };

@@ -9,8 +9,6 @@ use clap::builder::FalseyValueParser;
 /// Flags kept for their name only. All are hidden from `--help`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Compat {
-    #[arg(long, env, hide = true)]
-    speculate: Option<u32>,
     #[arg(long, env, hide = true, value_parser = FalseyValueParser::new())]
     trust_remote_code: bool,
     #[arg(long, env, hide = true)]
@@ -78,11 +76,6 @@ impl Compat {
         let accepted = |set: bool, flag, remark| set.then_some(Fate::Accepted { flag, remark });
         let refused = |set: bool, flag, reason| set.then_some(Fate::Refused { flag, reason });
         [
-            accepted(
-                self.speculate.is_some_and(|drafts| drafts > 0),
-                "--speculate",
-                "no tokens are drafted; answers are the same",
-            ),
             accepted(
                 self.trust_remote_code,
                 "--trust-remote-code",

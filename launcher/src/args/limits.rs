@@ -66,6 +66,10 @@ pub struct Limits {
     #[arg(long, env, value_parser = clap::builder::FalseyValueParser::new())]
     pub share_prefix_cache: bool,
 
+    /// Tokens of a sequence that one step computes on a guess, looked up in its own text; answers stay the same
+    #[arg(long, env)]
+    pub speculate: Option<u32>,
+
     /// Most sequences in one step [default: chosen by the router]
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_batch_size: Option<u32>,

@@ -6,7 +6,7 @@
 use crate::adapter::Adapter;
 use crate::faults::{Faults, Mark};
 use crate::tokens;
-use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step};
+use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step, Token};
 use std::collections::{HashMap, HashSet};
 
 macro_rules! rule {
@@ -79,12 +79,27 @@ struct Sequence {
 }
 
 impl Sequence {
+    /// Takes back what was supposed after `known` tokens.
+    fn truncate(&mut self, known: usize) {
+        self.tokens.truncate(known);
+        self.chains.truncate(known);
+    }
+
     fn push(&mut self, token: u32) {
         let position = self.tokens.len();
         let before = self.chain_before(position);
         let seen = self.beside.seen_at(position as u32);
         self.tokens.push(token);
         self.chains.push(tokens::extend_seen(before, token, seen));
+    }
+
+    /// Samples the next token and appends it.
+    fn sample(&mut self, vocabulary: u32) -> Token {
+        let answered = self.tokens.len() as u32 - self.prompt_tokens;
+        let chain = self.chain_before(self.tokens.len());
+        let token = tokens::sample(chain, &self.sampling, answered, vocabulary);
+        self.push(token.id);
+        token
     }
 
     fn chain_before(&self, position: usize) -> u64 {
@@ -339,17 +354,25 @@ impl Ledger {
         let width = self.sizes.page_tokens as usize;
         sequence.beside.read(&self.pages, id)?;
         read(sequence, row.start as usize, width, &self.pages, id)?;
+        let known = sequence.tokens.len();
+        row.drafts.iter().for_each(|&draft| sequence.push(draft));
         write(sequence, row, width, &mut self.pages, &self.users)?;
-        sequence.computed = row.start + row.tokens;
+        sequence.truncate(known);
+        sequence.computed = row.start + row.tokens - row.drafts.len() as u32;
         if sequence.sampling.prompt_logprobs {
             outcome.prompt = prompt_tokens(sequence, row, self.sizes.vocabulary);
         }
         if row.sample {
-            let answered = sequence.tokens.len() as u32 - sequence.prompt_tokens;
-            let chain = sequence.chain_before(sequence.tokens.len());
-            let token = tokens::sample(chain, &sequence.sampling, answered, self.sizes.vocabulary);
-            sequence.push(token.id);
-            outcome.tokens = vec![token];
+            let mut drafts = row.drafts.iter();
+            loop {
+                let token = sequence.sample(self.sizes.vocabulary);
+                let id = token.id;
+                outcome.tokens.push(token);
+                if drafts.next() != Some(&id) {
+                    break;
+                }
+                sequence.computed += 1;
+            }
         }
         Ok(outcome)
     }

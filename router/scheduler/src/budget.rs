@@ -57,6 +57,11 @@ impl Draft {
         self.tokens_left > 0 && self.rows_left > 0
     }
 
+    /// Tokens of the budget that no row has a use for, when all decode.
+    pub fn spare(&self) -> u32 {
+        self.tokens_left
+    }
+
     /// Whether a sequence can be admitted with `memory` tokens and `payload` bytes and get something of `work` done.
     pub fn takes(&self, memory: u32, payload: u64, work: &Work) -> bool {
         let left = self.tokens_left.saturating_sub(memory);
@@ -87,6 +92,7 @@ impl Draft {
             tokens,
             pages,
             sample: false,
+            guesses: Vec::new(),
         };
         self.rows.push((row, work));
     }

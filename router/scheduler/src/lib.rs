@@ -8,6 +8,7 @@ mod audit;
 mod budget;
 mod commit;
 mod fairness;
+mod lookup;
 mod pages;
 mod plan;
 mod prefix;
@@ -15,6 +16,7 @@ mod quarantine;
 mod queue;
 mod sequence;
 mod span;
+mod speculate;
 mod step;
 mod submit;
 
@@ -30,6 +32,7 @@ pub use pages::PageCounts;
 pub use queue::QueueLimits;
 pub use sequence::{Journal, Request};
 pub use span::Span;
+pub use speculate::Guessed;
 pub use step::{
     Acceptance, Admission, Event, Failure, Finish, Refusal, Reply, Row, RowReply, Step, Violation,
     What,
@@ -65,6 +68,8 @@ pub struct Config {
     pub queue_tokens: u64,
     /// Whether tenants share cached prefixes.
     pub share_prefixes: bool,
+    /// Most tokens of a sequence that one step computes on a guess; 0 = none.
+    pub speculate: u32,
 }
 
 /// What the shards say about the model.
@@ -114,6 +119,8 @@ pub struct Load {
     pub preemptions: u64,
     /// Times a running request was replayed in a new epoch, ever.
     pub replays: u64,
+    /// What speculation did.
+    pub guessed: Guessed,
 }
 
 /// A fault planted on purpose, to prove that the simulator finds it.
@@ -138,6 +145,8 @@ pub enum PlantedBug {
     CutImages,
     /// Tenants pay for the tokens of answers alone.
     FreePrompts,
+    /// Pages count as computed up to the last guess, right or wrong.
+    TrustGuesses,
 }
 
 /// The epoch that serves.
@@ -189,9 +198,12 @@ pub struct Scheduler {
     pace: Pace,
     preemptions: u64,
     replays: u64,
+    guessed: Guessed,
     last_id: u64,
     #[cfg(test)]
     planted: Option<PlantedBug>,
+    #[cfg(test)]
+    foresight: Option<speculate::Foresight>,
 }
 
 impl Scheduler {
@@ -220,9 +232,12 @@ impl Scheduler {
             pace: Pace::default(),
             preemptions: 0,
             replays: 0,
+            guessed: Guessed::default(),
             last_id: 0,
             #[cfg(test)]
             planted: None,
+            #[cfg(test)]
+            foresight: None,
         }
     }
 
@@ -295,6 +310,7 @@ impl Scheduler {
             pages: self.pages.counts(),
             preemptions: self.preemptions,
             replays: self.replays,
+            guessed: self.guessed,
         }
     }
 

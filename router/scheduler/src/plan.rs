@@ -35,16 +35,18 @@ impl Scheduler {
         }
         let mut draft = Draft::new(self.config.step_tokens, self.config.step_rows);
         let mut admit = Vec::new();
-        match self.suspects.first().copied() {
-            Some(suspect) => self.plan_alone(now, suspect, &mut draft, &mut admit),
-            // Newcomers would take the room that an image waits for.
-            None => {
-                if self.plan_running(&mut draft) {
-                    self.plan_waiting(now, &mut draft, &mut admit);
-                }
-            }
+        if let Some(suspect) = self.suspects.first().copied() {
+            self.plan_alone(now, suspect, &mut draft, &mut admit);
+            return self.send(now, draft.finish(), admit);
         }
-        self.send(now, draft.finish(), admit)
+        // Newcomers would take the room that an image waits for.
+        if self.plan_running(&mut draft) {
+            self.plan_waiting(now, &mut draft, &mut admit);
+        }
+        let spare = draft.spare();
+        let mut rows = draft.finish();
+        self.speculate(&mut rows, spare);
+        self.send(now, rows, admit)
     }
 
     fn send(&mut self, now: Time, rows: Vec<Row>, admit: Vec<Admission>) -> Option<Step> {
@@ -53,10 +55,7 @@ impl Scheduler {
             if self.has(crate::PlantedBug::FreePrompts) && row.tokens > 1 {
                 continue;
             }
-            if let Some(sequence) = self.sequences.get(&row.sequence) {
-                self.fairness
-                    .charge(sequence.tenant, sequence.request.adapter, row.tokens);
-            }
+            self.charge(row.sequence, row.known());
         }
         let epoch = self.epoch.as_mut()?;
         if rows.is_empty() && epoch.release.is_empty() {
@@ -83,6 +82,14 @@ impl Scheduler {
                 .for_each(|row| self.publish(row.sequence, row.start + row.tokens));
         }
         Some(step)
+    }
+
+    /// Has a request's tenant pay for tokens.
+    pub(crate) fn charge(&mut self, id: u64, tokens: u32) {
+        if let Some(sequence) = self.sequences.get(&id) {
+            let adapter = sequence.request.adapter;
+            self.fairness.charge(sequence.tenant, adapter, tokens);
+        }
     }
 
     fn expire(&mut self, now: Time) {

@@ -1,6 +1,7 @@
 //! One request from admission to its end: what it asked for, its journal, and what the shard holds of it.
 
 use crate::budget::Work;
+use crate::lookup::Lookup;
 use crate::prefix::Key;
 use crate::span::{Span, within};
 use crate::{AdapterId, Model, Time};
@@ -129,6 +130,8 @@ pub struct Sequence {
     pub(crate) strikes: u32,
     /// Fails after this moment unless a token comes; set while it recovers from a lost epoch.
     pub(crate) recover_by: Option<Time>,
+    /// Where guesses at its next tokens come from.
+    pub(crate) lookup: Lookup,
 }
 
 impl Sequence {
@@ -149,6 +152,7 @@ impl Sequence {
             preemptions: 0,
             strikes: 0,
             recover_by: None,
+            lookup: Lookup::default(),
         }
     }
 

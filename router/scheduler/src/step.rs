@@ -41,8 +41,17 @@ pub struct Row {
     pub tokens: u32,
     /// Pages appended to the sequence's table.
     pub pages: Vec<u32>,
-    /// Whether a token is sampled after the last.
+    /// Whether a token is sampled after the last, and after every guess.
     pub sample: bool,
+    /// Tokens that may follow the last known one; `tokens` counts them, and they are computed after it.
+    pub guesses: Vec<u32>,
+}
+
+impl Row {
+    /// Tokens of it that are known.
+    pub fn known(&self) -> u32 {
+        self.tokens - self.guesses.len() as u32
+    }
 }
 
 /// The shards' answer to a step.
@@ -61,7 +70,7 @@ pub struct Reply {
 pub struct RowReply {
     /// The request's id.
     pub sequence: u64,
-    /// What was sampled: none for an inner chunk, else at least one.
+    /// What was sampled: none for an inner chunk, else the guesses that were right and one token more.
     pub tokens: Vec<u32>,
     /// Why this row, and only this row, failed.
     pub error: Option<String>,
@@ -102,6 +111,12 @@ pub enum Violation {
         got: usize,
         /// Whether the row sampled.
         asked: bool,
+    },
+    /// A token after a guess that was wrong.
+    #[error("sequence {sequence} went on after a guess that was wrong")]
+    Guess {
+        /// The request's id.
+        sequence: u64,
     },
 }
 

@@ -21,6 +21,7 @@ impl Toy {
             queue_requests: 100,
             queue_tokens: u64::MAX,
             share_prefixes: true,
+            speculate: 0,
         });
         let grant = Grant {
             epoch: 1,

@@ -24,6 +24,7 @@ impl Toy {
             queue_requests: 10_000,
             queue_tokens: u64::MAX,
             share_prefixes: false,
+            speculate: 0,
         });
         let mut toy = Self {
             scheduler,
@@ -379,6 +380,7 @@ fn what_can_never_fit_is_refused_and_so_is_everything_before_the_first_epoch() {
         queue_requests: 1,
         queue_tokens: 1,
         share_prefixes: false,
+        speculate: 0,
     });
     assert_eq!(
         cold.submit(Time::ZERO, request("t", 1, 1)),

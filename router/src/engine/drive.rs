@@ -95,6 +95,7 @@ impl Driver {
             queue_requests: options.queue_requests,
             queue_tokens: options.queue_tokens,
             share_prefixes: options.share_prefixes,
+            speculate: options.speculate,
         });
         let now = Instant::now();
         let mut driver = Self {
@@ -282,7 +283,7 @@ impl Driver {
         };
         forget_half_prompts(&step, &mut self.open);
         let size = size(&step, &self.open);
-        self.decodes = step.rows.iter().all(|row| row.tokens == 1);
+        self.decodes = step.rows.iter().all(|row| row.known() == 1);
         let sent = group.send(wire::step(&self.scheduler, step, &self.open));
         self.watchdog.sent(Instant::now(), size);
         self.meters.sent(self.decodes);

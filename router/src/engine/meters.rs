@@ -17,6 +17,8 @@ pub(super) struct Meters {
     lost: [Counter; 2],
     preemptions: Counter,
     replays: Counter,
+    guessed: Counter,
+    guessed_right: Counter,
     pub(super) failed_rows: Counter,
     pub(super) deadly: Counter,
 }
@@ -38,6 +40,8 @@ impl Meters {
             lost: by_method(names::BATCH_FAILURE),
             preemptions: counter!(names::PREEMPTIONS),
             replays: counter!(names::REPLAYED_REQUESTS),
+            guessed: counter!(names::GUESSED),
+            guessed_right: counter!(names::GUESSED_RIGHT),
             failed_rows: counter!(names::FAILED_ROWS),
             deadly: counter!(names::POISON),
         }
@@ -73,5 +77,7 @@ impl Meters {
     pub(super) fn load(&self, load: &Load) {
         self.preemptions.absolute(load.preemptions);
         self.replays.absolute(load.replays);
+        self.guessed.absolute(load.guessed.tokens);
+        self.guessed_right.absolute(load.guessed.right);
     }
 }

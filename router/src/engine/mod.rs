@@ -60,6 +60,8 @@ pub struct EngineOptions {
     pub queue_tokens: u64,
     /// Whether tenants may share cached prefixes with each other.
     pub share_prefixes: bool,
+    /// Most tokens of a sequence that one step computes on a guess; 0 = none.
+    pub speculate: u32,
     /// Adapters to load before the engine is ready.
     pub adapters: Vec<AdapterSpec>,
     /// Called from the engine's task; must not block.

@@ -42,7 +42,7 @@ pub(super) fn step(
                 tokens: row.tokens,
                 pages: row.pages,
                 sample: row.sample,
-                drafts: Vec::new(),
+                drafts: row.guesses,
             })
             .collect(),
         release: step.release,

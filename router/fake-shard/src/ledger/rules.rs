@@ -7,7 +7,7 @@ use kvrun_proto::{Row, Token};
 pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result<(), Breach> {
     let id = row.sequence;
     let (start, end) = (row.start, u64::from(row.start) + u64::from(row.tokens));
-    let known = sequence.tokens.len() as u64;
+    let (known, drafts) = (sequence.tokens.len() as u64, row.drafts.len() as u64);
     let first = sequence.computed == 0;
     rule!(
         !sequence.failed,
@@ -22,8 +22,13 @@ pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result
         sequence.beside.check_borders(row)?;
     }
     rule!(
-        row.drafts.is_empty(),
-        "sequence {id}: drafts, which the fake does not verify"
+        drafts == 0 || (row.sample && !sizes.recurrent && drafts < u64::from(row.tokens)),
+        "sequence {id}: {drafts} drafts need sample, a known token before them and a state that can be taken back"
+    );
+    let foreign = row.drafts.iter().find(|&&draft| draft >= sizes.vocabulary);
+    rule!(
+        foreign.is_none(),
+        "sequence {id}: draft {foreign:?} is outside the vocabulary"
     );
     rule!(
         first || start == sequence.computed,
@@ -31,8 +36,8 @@ pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result
         sequence.computed
     );
     rule!(
-        end <= known,
-        "sequence {id}: row ends at {end}, {known} tokens are known"
+        end <= known + drafts,
+        "sequence {id}: row ends at {end}, {known} tokens are known and {drafts} drafted"
     );
     rule!(
         end <= u64::from(sizes.positions),
@@ -40,8 +45,8 @@ pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result
         sizes.positions
     );
     rule!(
-        row.sample == (end == known),
-        "sequence {id}: sample is {} at {end} of {known}",
+        row.sample == (end == known + drafts),
+        "sequence {id}: sample is {} at {end} of {known} and {drafts} drafts",
         row.sample
     );
     let room = sequence.pages.len() as u64 * u64::from(sizes.page_tokens);

@@ -90,6 +90,11 @@ fn a_tenant_that_takes_more_than_its_turn_is_found() {
 }
 
 #[test]
+fn a_wrong_guess_taken_for_a_computed_token_is_found() {
+    is_found(PlantedBug::TrustGuesses);
+}
+
+#[test]
 fn an_image_cut_by_a_step_is_found() {
     is_found(PlantedBug::CutImages);
 }

@@ -11,12 +11,14 @@ macro_rules! hold {
 mod beside;
 mod clients;
 mod fair;
+mod foreseen;
 mod judge;
 mod seen;
 mod wire;
 
 use beside::{Beside, Kind};
 use fair::Served;
+use foreseen::Foreseen;
 pub use seen::Seen;
 
 use clients::Culprit;
@@ -88,6 +90,7 @@ pub struct World {
     calls: Vec<Call>,
     prompts: Vec<Vec<u32>>,
     served: Served,
+    foreseen: Foreseen,
     /// Requests that the shard died of, and when.
     culprits: Vec<Culprit>,
     shrunk: bool,
@@ -116,10 +119,16 @@ impl World {
             queue_requests: rng.random_range(1..24),
             queue_tokens: if rng.random_bool(0.5) { 0 } else { 400 },
             share_prefixes: rng.random_bool(0.5),
+            speculate: rng.random_range(0..6),
         };
         let mut scheduler = Scheduler::new(config);
         if let Some(bug) = planted {
             scheduler.plant(bug);
+        }
+        let foreseen = Foreseen::default();
+        if rng.random_bool(0.9) {
+            let foreseen = foreseen.clone();
+            scheduler.foresee(move |id, known, most| foreseen.guess(id, known, most));
         }
         let faults = Faults::default();
         faults.mark(BAD, Mark::RowError("nan_logits".to_owned()));
@@ -150,6 +159,7 @@ impl World {
             calls: Vec::new(),
             prompts,
             served: Served::default(),
+            foreseen,
             culprits: Vec::new(),
             shrunk: false,
             troubled: true,
@@ -168,6 +178,7 @@ impl World {
         let load = self.scheduler.load();
         self.seen.preemptions = load.preemptions;
         self.seen.replays = load.replays;
+        self.seen.wrong_guesses = load.guessed.tokens - load.guessed.right;
         Ok(self.seen)
     }
 

@@ -45,6 +45,12 @@ impl World {
         *own = (*own).max(least.unwrap_or(0));
     }
 
+    /// A token came beside another of the same step.
+    pub(super) fn served_on_a_guess(&mut self, client: &Client) {
+        self.served.charge(client, 1);
+        self.seen.right_guesses += 1;
+    }
+
     /// Nobody is given a turn before another tenant's request that could have it and whose tenant was served less. So
     /// between two tenants that both wait, the gap in service is at most what the running requests of one still take.
     pub(super) fn judge_turns(&mut self, step: &Step) -> Result<(), String> {
@@ -74,7 +80,7 @@ impl World {
         }
         for row in &step.rows {
             if let Some(client) = self.clients.get(&row.sequence) {
-                self.served.charge(client, row.tokens);
+                self.served.charge(client, row.known());
             }
         }
         for id in &step.release {

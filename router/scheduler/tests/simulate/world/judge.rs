@@ -65,6 +65,10 @@ impl World {
                         &client.sampling,
                         self.is_long(&client.request),
                     ));
+                    self.foreseen.keep(event.request, client);
+                }
+                if place > 0 {
+                    self.served_on_a_guess(client);
                 }
                 let place = client.got.len();
                 let expected = client

@@ -25,6 +25,8 @@ pub struct Seen {
     pub(super) unanswered_loads: u64,
     pub(super) kept_out: u64,
     pub(super) turns: u64,
+    pub(super) right_guesses: u64,
+    pub(super) wrong_guesses: u64,
 }
 
 impl Seen {
@@ -39,7 +41,7 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 22] {
+    fn all(&mut self) -> [&mut u64; 24] {
         [
             &mut self.steps,
             &mut self.finished,
@@ -63,10 +65,12 @@ impl Seen {
             &mut self.unanswered_loads,
             &mut self.kept_out,
             &mut self.turns,
+            &mut self.right_guesses,
+            &mut self.wrong_guesses,
         ]
     }
 
-    fn values(&self) -> [u64; 22] {
+    fn values(&self) -> [u64; 24] {
         [
             self.steps,
             self.finished,
@@ -90,6 +94,8 @@ impl Seen {
             self.unanswered_loads,
             self.kept_out,
             self.turns,
+            self.right_guesses,
+            self.wrong_guesses,
         ]
     }
 }

@@ -35,7 +35,7 @@ pub(super) fn wire(
         tokens: row.tokens,
         pages: row.pages.clone(),
         sample: row.sample,
-        drafts: Vec::new(),
+        drafts: row.guesses.clone(),
     });
     kvrun_proto::Step {
         epoch: step.epoch,
