@@ -43,11 +43,13 @@ def device(request):
         pytest.skip("a CUDA device and Triton's compiler (TRITON_INTERPRET unset): not here")
     if request.param == "interpreter" and not INTERPRETING:
         pytest.skip("Triton's interpreter: not on, set TRITON_INTERPRET=1")
-    torch.set_default_device("cpu" if request.param == "interpreter" else "cuda")
-    kvrun_kernels.use("triton" if request.param == "interpreter" else "native")
-    yield request.param
-    kvrun_kernels.use("native")
-    torch.set_default_device("cpu")
+    if request.param == "interpreter":
+        kvrun_kernels.use("triton")
+        yield request.param
+        kvrun_kernels.use("native")
+        return
+    with torch.device("cuda"):
+        yield request.param
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -1,6 +1,7 @@
 """Every op by name. Each lives in the folder of its name, with its reference, its native code and its test."""
 
 from kvrun_kernels.act_mul.op import act_mul, activation
+from kvrun_kernels.add.op import add_
 from kvrun_kernels.causal_conv.op import causal_conv
 from kvrun_kernels.grouped_linear.op import grouped_linear
 from kvrun_kernels.layer_norm.op import layer_norm
@@ -11,16 +12,19 @@ from kvrun_kernels.rms_norm.op import rms_norm
 from kvrun_kernels.rope.op import rope_
 from kvrun_kernels.selective_scan.op import selective_scan
 from kvrun_kernels.sgmv.op import LoraSegments, Segment, lora
+from kvrun_kernels.sgmv.table import LoraTable
 from kvrun_kernels.ssd_scan.op import ssd_scan
 from kvrun_kernels.store_kv.op import store_kv
 
 __all__ = [
     "LoraSegments",
+    "LoraTable",
     "PackedLinear",
     "PackedQuantized",
     "Segment",
     "act_mul",
     "activation",
+    "add_",
     "causal_conv",
     "grouped_linear",
     "layer_norm",

@@ -38,6 +38,8 @@ def act_mul_reference(gate_up: Tensor, act: str) -> Tensor:
 def activation(x: Tensor, act: str) -> Tensor:
     """Apply `act` to every element.  x [rows, width] · act one of silu, gelu, gelu_tanh, relu, quick_gelu."""
     _check(act)
+    if x.dim() == 2 and (gpu := _kernel.triton(x)):
+        return gpu.activate(x, x.shape[1], act, gated=False)
     if _kernel.run is None or x.dim() != 2 or not on_cpu(x):
         return activation_reference(x, act)
     return _run(_kernel.run, x, x.shape[1], ACTS[act], gated=0)
@@ -48,6 +50,8 @@ def act_mul(gate_up: Tensor, act: str) -> Tensor:
     _check(act)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate and up of equal width asked, found {gate_up.shape[-1]} columns; join the two halves first")
+    if gate_up.dim() == 2 and (gpu := _kernel.triton(gate_up)):
+        return gpu.activate(gate_up, gate_up.shape[1] // 2, act, gated=True)
     if _kernel.run is None or gate_up.dim() != 2 or not on_cpu(gate_up):
         return act_mul_reference(gate_up, act)
     return _run(_kernel.run, gate_up, gate_up.shape[1] // 2, ACTS[act], gated=1)

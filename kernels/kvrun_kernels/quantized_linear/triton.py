@@ -101,8 +101,8 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
     counted = packed.codes == torch.uint8 and packed.integers
     few = rows <= FEW_ROWS
     block_m = 16 if few else up_to_power(rows, 32, 128)
-    block_n, block_k = (64, 128) if few else (128, 64)
     whole = group % 16 == 0 or group >= inputs
+    block_n, block_k = (32, 64) if not whole else (64, 128) if few else (128, 64)
     # The largest power of two that divides a group, for a tile must not touch two.
     block_k = min(block_k, group & -group) if whole and group < inputs else block_k
     tiles = (triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))

@@ -39,8 +39,12 @@ def rope_(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, sty
     if 2 * cos.shape[1] > q.shape[-1]:
         raise ValueError(f"{2 * cos.shape[1]} dimensions to rotate in heads of {q.shape[-1]}; give cos and sin half as wide")
     run = _kernel.run
-    native = on_cpu(q, k) and positions.dtype == torch.int32
-    if run is None or not (native and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()):
+    tables = cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+    if tables and (gpu := _kernel.triton(q, k, cos, sin)):
+        for heads in (q, k):
+            gpu.rotate(heads, positions, cos, sin, style)
+        return None
+    if run is None or not (tables and on_cpu(q, k) and positions.dtype == torch.int32):
         return reference(q, k, positions, cos, sin, style)
     for heads in (q, k):
         run(

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.sgmv.table import FIELDS, LoraTable
 
 SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
-
-FIELDS = 7  # numbers of a segment in the kernel's table
 
 _kernel = Kernel("sgmv", "ppp iiii iii")
 
@@ -44,7 +43,8 @@ class LoraSegments:
         self.columns = max((s.column + s.bt.shape[1] for s in self.segments), default=0)
         self.inputs = self.segments[0].a.shape[1] if self.segments else 0
         self.dtype = self.segments[0].a.dtype if self.segments else torch.float32
-        self.native = True
+        self.device = self.segments[0].a.device if self.segments else torch.device("cpu")
+        self.alike = True
         table = array("q")
         for s in self.segments:
             rank, inputs = s.a.shape
@@ -53,9 +53,9 @@ class LoraSegments:
                     f"segment of rows {s.start}..{s.stop} with a {list(s.a.shape)}, bt {list(s.bt.shape)} at column "
                     f"{s.column}; a must be [rank, {self.inputs}], bt [rank, columns], and start <= stop"
                 )
-            self.native &= s.a.dtype == s.bt.dtype == self.dtype and s.a.is_contiguous() and s.bt.is_contiguous()
+            self.alike &= s.a.dtype == s.bt.dtype == self.dtype and s.a.is_contiguous() and s.bt.is_contiguous()
             table.extend((s.start, s.stop, s.a.data_ptr(), s.bt.data_ptr(), rank, s.bt.shape[1], s.column))
-        self.native &= on_cpu(*(s.a for s in self.segments))
+        self.native = self.alike and on_cpu(*(s.a for s in self.segments))
         self.table = table
         self.address = table.buffer_info()[0]
 
@@ -72,7 +72,9 @@ class LoraSegments:
         joined.stop = max(stop for _, _, stop in parts)
         joined.columns = max(part.columns for part, _, _ in parts)
         joined.inputs, joined.dtype = first.inputs, first.dtype
-        joined.native = all(part.native and part.dtype == first.dtype and part.inputs == first.inputs for part, _, _ in parts)
+        joined.device = first.device
+        joined.alike = all(part.alike and part.dtype == first.dtype and part.inputs == first.inputs for part, _, _ in parts)
+        joined.native = joined.alike and all(part.native for part, _, _ in parts)
         table = array("q")
         for part, start, stop in parts:
             moved = part.table[:]
@@ -88,6 +90,11 @@ class LoraSegments:
         """Every segment; those of joined parts are only written out when somebody asks, which the native kernel never does."""
         return tuple(Segment(start, stop, s.a, s.bt, s.column) for part, start, stop in self.parts for s in part.segments)
 
+    @cached_property
+    def on_gpu(self) -> LoraTable:
+        """What a GPU reads of them, of just their size."""
+        return LoraTable(self)
+
     def __len__(self) -> int:
         return len(self.table) // FIELDS
 
@@ -99,11 +106,12 @@ def reference(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
         target.copy_(target.float() + update)
 
 
-def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
+def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraTable) -> None:
     """Add x @ a.T @ bt of each segment to its rows and columns of y, in place; other rows cost nothing.
 
     y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32.
-    A row's result is the same to the bit whether it is a segment alone or one of many in a run.
+    A row's result is the same to the bit whether it is a segment alone or one of many in a run. On a GPU, a LoraTable may
+    stand for the segments: a captured graph then computes what the table holds when it is replayed.
     """
     if not len(segments):
         return None
@@ -111,6 +119,13 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
         raise ValueError(
             f"segments reach row {segments.stop}, column {segments.columns} and read {segments.inputs} inputs; found y "
             f"{list(y.shape)} and x {list(x.shape)}; build the segments for this batch and this linear"
+        )
+    gpu = _kernel.triton(y, x)
+    if gpu and (isinstance(segments, LoraTable) or segments.alike):
+        return gpu.lora(y, x, segments)
+    if isinstance(segments, LoraTable):
+        raise ValueError(
+            f"a LoraTable asked to update {y.dtype} on {y.device}, which only Triton on a GPU does; give the segments themselves"
         )
     if _kernel.run is None or not segments.native or not on_cpu(y, x):
         return reference(y, x, segments)

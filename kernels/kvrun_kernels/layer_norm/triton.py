@@ -1,0 +1,34 @@
+"""Layer normalisation on GPUs: a program for each row."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvrun_kernels.tiles import rounded, up_to_power
+
+
+@triton.jit
+def _normalise(out, x, weight, bias, width, x_stride, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    held = at < width
+    values = tl.load(x + row * x_stride + at, held, other=0.0).to(tl.float32)
+    centred = tl.where(held, values - tl.sum(values) / width, 0.0)
+    normal = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
+    if WEIGHT:
+        normal *= tl.load(weight + at, held, other=0.0).to(tl.float32)
+    if BIAS:
+        normal += tl.load(bias + at, held, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, rounded(normal, out.dtype.element_ty), held)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = up_to_power(x.shape[1])
+    if x.shape[0]:
+        _normalise[(x.shape[0],)](
+            out, x, x if weight is None else weight, x if bias is None else bias, x.shape[1], x.stride(0), eps,
+            WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block, num_warps=up_to_power(block // 512, 1, 16),
+        )  # fmt: skip
+    return out
