@@ -19,7 +19,7 @@ import kvrun_kernels
 
 OPS = (
     "linear", "quantized_linear", "grouped_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul",
-    "causal_conv", "selective_scan", "ssd_scan",
+    "add", "causal_conv", "selective_scan", "ssd_scan",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.dist import Group
@@ -35,13 +36,16 @@ class Residual:
             h = x if branch.norm is None else branch.norm(x)
             for mixer in branch.mixers:
                 part = mixer(h, step)
-                total = part if total is None else total.add_(part)
+                if total is None:
+                    total = part
+                else:
+                    ops.add_(total, part)
         if total is None:
             return
         total = self.group.all_reduce(total)
         if self.after is not None:
             total = self.after(total)
-        x.add_(total, alpha=self.scale)
+        ops.add_(x, total, self.scale)
 
 
 @dataclass(frozen=True)
