@@ -11,10 +11,10 @@ PORT ?= 3000
 STAMPS := build/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-rust test-python check fmt docs install wheel bench tools native clean
+.PHONY: help run ui test test-rust test-python check fmt docs install wheel bench bench-kernels tools native clean
 
 help: ## What each target does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 run: install ## Serve the demo model and its adapters on port 3000 (PORT=...)
 	@$(BIN)/text-generation-launcher --model-id $(DEMO)/model --port $(PORT) --lora-dir $(DEMO)/adapters \
@@ -29,7 +29,7 @@ test-rust:
 	$(CARGO) test --release --locked --workspace
 
 test-python: $(STAMPS)/test
-	$(BIN)/python -m pytest kernels server examples
+	$(BIN)/python -m pytest kernels server examples benchmark
 
 check: install $(STAMPS)/test ## Formats, lints, types and the rules of the house
 	$(CARGO) fmt --all --check
@@ -64,7 +64,10 @@ wheel: install $(STAMPS)/test ## Wheels for `pip install`, in dist/
 docs: $(STAMPS)/test ## Renew the support table in the README
 	PYTHONPATH=server:server/tests $(BIN)/python server/tests/support_table.py
 
-bench: install $(STAMPS)/test ## Speed of every kernel beside this machine's limits
+bench: install $(STAMPS)/test ## Speed beside this machine's limits and its other servers (LLAMA_CPP=folder VLLM=program ARGS=...)
+	$(BIN)/python benchmark/bench.py $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
+
+bench-kernels: install $(STAMPS)/test ## Speed of every kernel beside this machine's limits
 	PYTHONPATH=kernels $(BIN)/python -m kvrun_kernels.bench
 
 clean: ## Remove everything that was built, but not the environment

@@ -54,12 +54,18 @@ class Load:
         return sum(a.tokens for a in self.answers) / span
 
     def steady_tokens_per_s(self) -> float | None:
-        """While all streams ran: from the latest first token to the earliest last one; nothing where they never ran together."""
+        """The sum of the streams' rates while all of them ran: from the latest first token to the earliest last one.
+
+        Nothing where that is too short for two tokens of each.
+        """
         start, end = max(a.arrivals[0] for a in self.answers), min(a.arrivals[-1] for a in self.answers)
-        if end <= start:
-            return None
-        counted = sum(sum(start < t <= end for t in a.arrivals) * a.tokens / len(a.arrivals) for a in self.answers)
-        return counted / (end - start)
+        total = 0.0
+        for answer in self.answers:
+            within = [t for t in answer.arrivals if start <= t <= end]
+            if len(within) < 2:
+                return None
+            total += (len(within) - 1) / (within[-1] - within[0]) * answer.tokens / len(answer.arrivals)
+        return total
 
     def first_token_s(self) -> float:
         return statistics.median(a.first_token_s for a in self.answers)

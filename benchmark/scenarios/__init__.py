@@ -86,6 +86,11 @@ def served(
     return Row(peer, setup, case, measure, **facts)
 
 
+def own(peers: Sequence[Peer]) -> list[Peer]:
+    """kv.run alone, for what is measured of it only; nobody where it was left out."""
+    return [peer for peer in peers if peer.name == "kv.run"]
+
+
 def short(server: Running) -> None:
     """A first request, so that no turn pays for what a server does once."""
     naming = server.peer.naming(server.setup, None)

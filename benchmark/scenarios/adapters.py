@@ -11,7 +11,7 @@ from make_model import write_adapter
 from peers import Model, Peer, Setup
 from peers.process import Running
 
-from . import Claim, Figures, Row, Scenario, client, served
+from . import Claim, Figures, Row, Scenario, client, own, served
 
 PROMPT, ANSWER = 32, 48
 MANY, MANY_RANK, RESIDENT, REQUESTS = 1000, 8, 128, 96
@@ -47,8 +47,9 @@ def cases(peer: Peer, setup: Setup, streams: int, named: dict[str, Sequence[Path
 
 
 def ranks(model: Model, peers: Sequence[Peer]) -> list[Row]:
-    ours, adapters = peers[0], tuple(model.adapters)
-    return cases(ours, Setup(model, adapters=adapters), 8, {"base": [None], f"{len(adapters)} adapters": adapters})
+    adapters = tuple(model.adapters)
+    named = {"base": [None], f"{len(adapters)} adapters": adapters}
+    return [row for peer in own(peers) for row in cases(peer, Setup(model, adapters=adapters), 8, named)]
 
 
 def four(model: Model, peers: Sequence[Peer]) -> list[Row]:
@@ -75,7 +76,8 @@ def many(model: Model, peers: Sequence[Peer]) -> list[Row]:
 
     rows = {"4 adapters": lambda turn: adapters[:4], f"{MANY:,} adapters": chosen}
     return [
-        served(peers[0], setup, case, lambda s, turn, c=choose: ask(s, 32, turn, c(turn), REQUESTS), lambda s: warm(s, adapters[:4]))
+        served(peer, setup, case, lambda s, turn, c=choose: ask(s, 32, turn, c(turn), REQUESTS), lambda s: warm(s, adapters[:4]))
+        for peer in own(peers)
         for case, choose in rows.items()
     ]
 

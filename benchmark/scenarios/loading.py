@@ -14,7 +14,7 @@ from peers import Model, Peer, Setup
 from peers.kvrun import KvRun
 from peers.process import Pool
 
-from . import Claim, Figures, Row, Scenario
+from . import Claim, Figures, Row, Scenario, own
 
 FROM_PRETRAINED = """
 import sys, time
@@ -81,23 +81,31 @@ def read(folder: Path) -> Callable[[Pool, int], Figures]:
     return measure
 
 
+def second_start(peer: Peer, setup: Setup) -> Callable[[Pool, int], Figures]:
+    """Start a server that finds the packed weights that an earlier start left."""
+    assert setup.packed is not None
+    packed = setup.packed
+
+    def measure(pool: Pool, turn: int) -> Figures:
+        if turn == 0:
+            shutil.rmtree(packed, ignore_errors=True)
+            pool.get(peer, setup)
+            pool.drop(peer, setup)
+        return start(peer, setup, setup.model.folder)(pool, turn)
+
+    return measure
+
+
 def rows(model: Model, peers: Sequence[Peer]) -> list[Row]:
     """Rows of every server but vLLM, which compiles at its first start, of transformers, and of the bare file."""
-    ours, setup = peers[0], Setup(model, streams=4)
-    found = [Row(p, setup, "cold", start(p, setup, model.folder)) for p in peers if p.name != "vLLM"]
-    found.append(Row(ours, setup, "from_pretrained", from_pretrained(model), label="transformers"))
-    found.append(Row(ours, setup, "read", read(model.folder), label="the file alone"))
-    if isinstance(ours, KvRun) and "--packed-cache" in ours.flags():
-        cached = Setup(model, streams=4, packed=model.folder / "packed")
-
-        def second(pool: Pool, turn: int) -> Figures:
-            if turn == 0:
-                shutil.rmtree(model.folder / "packed", ignore_errors=True)
-                pool.get(ours, cached)
-                pool.drop(ours, cached)
-            return start(ours, cached, model.folder)(pool, turn)
-
-        found.append(Row(ours, cached, "second start", second, label="kv.run bf16, packed cache"))
+    setup = Setup(model, streams=4)
+    found = [Row(peer, setup, "cold", start(peer, setup, model.folder)) for peer in peers if peer.name != "vLLM"]
+    for ours in own(peers):
+        found.append(Row(ours, setup, "from_pretrained", from_pretrained(model), label="transformers"))
+        found.append(Row(ours, setup, "read", read(model.folder), label="the file alone"))
+        if isinstance(ours, KvRun) and "--packed-cache" in ours.flags():
+            cached = Setup(model, streams=4, packed=model.folder / "packed")
+            found.append(Row(ours, cached, "second start", second_start(ours, cached), label="kv.run bf16, packed cache"))
     return found
 
 

@@ -10,7 +10,7 @@ from peers import Model, Peer, Setup
 from peers.process import Running
 from router_gap import grown, histograms, quantile
 
-from . import Figures, Row, Scenario, client, served
+from . import Figures, Row, Scenario, client, own, served
 
 STREAMS, ANSWER = 32, 48
 GAP = "kvrun_router_gap_seconds"
@@ -34,7 +34,7 @@ def ask(server: Running, turn: int) -> Figures:
 
 
 def rows(model: Model, peers: Sequence[Peer]) -> list[Row]:
-    return [served(peers[0], Setup(model), f"{STREAMS} streams", ask)]
+    return [served(peer, Setup(model), f"{STREAMS} streams", ask) for peer in own(peers)]
 
 
 ALL = [Scenario("router", "Between a step's outcome and the next step, from the histogram of `/metrics`.", rows)]

@@ -8,7 +8,7 @@ from load import body, prompt, together
 from peers import Model, Peer, Setup
 from peers.process import Running
 
-from . import Claim, Figures, Row, Scenario, Share, client, served
+from . import Claim, Figures, Row, Scenario, Share, client, own, served
 
 PROMPT, ANSWER = 32, 48
 
@@ -50,7 +50,8 @@ def throughput(streams: int):
 def batched(model: Model, peers: Sequence[Peer]) -> list[Row]:
     """Rows of one and of eight streams of kv.run's int4."""
     named = {"1 stream": 1, "8 streams": 8}
-    return [served(peers[0], Setup(model, "int4"), case, lambda s, turn, n=n: ask(s, n, turn)) for case, n in named.items()]
+    setup = Setup(model, "int4")
+    return [served(peer, setup, case, lambda s, turn, n=n: ask(s, n, turn)) for peer in own(peers) for case, n in named.items()]
 
 
 ALL = [
