@@ -48,6 +48,7 @@ def _load(config: ServeConfig) -> Engine:
     import kvrun_kernels
     import torch
 
+    from kvrun import hub
     from kvrun.dist import Group
     from kvrun.engine.engine import Engine
     from kvrun.engine.memory import MemoryBudget
@@ -61,7 +62,7 @@ def _load(config: ServeConfig) -> Engine:
     except RuntimeError as error:
         raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
     model = load_model(
-        config.model_dir,
+        hub.local(config.model_dir),
         dtype=config.dtype,
         device="cpu",
         group=group,
@@ -87,11 +88,11 @@ def describe(argv: Sequence[str]) -> int:
     import argparse
 
     parser = argparse.ArgumentParser(prog="text-generation-server describe", description="Print how a model is understood.")
-    parser.add_argument("--model-id", type=Path, required=True, help="folder with config.json")
+    parser.add_argument("--model-id", type=Path, required=True, help="folder with config.json, or a GGUF file")
     folder = parser.parse_args(argv).model_id
-    from kvrun import models, spec
+    from kvrun import hub, models, spec
 
-    _, model = models.read(folder)
+    _, model = models.read(hub.local(folder))
     print(spec.describe(model))
     return 0
 

@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="text-generation-server serve", description="Serve one rank of a model over a Unix socket.")
     add = parser.add_argument
-    add("model_dir", type=Path, help="folder with config.json and *.safetensors")
+    add("model_dir", type=Path, help="folder with config.json and *.safetensors, or a GGUF file")
     add("--uds-path", type=Path, required=True, help="socket to bind; its folder must exist and be private")
     add("--rank", type=int, default=0)
     add("--world-size", type=int, default=1)

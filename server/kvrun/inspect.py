@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvrun import models
+from kvrun import hub, models
 from kvrun.config import KV_CACHE_DTYPES
 from kvrun.errors import AdapterError, ConfigError, FilesError, KvrunError
 from kvrun.spec import Config
@@ -77,6 +77,7 @@ def inspect(
 
 def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: str | None = None, kv_dtype: str = "auto") -> ModelFacts:
     """A model folder as `world` ranks would hold it, in the format of `quantize` or its own."""
+    folder = hub.local(folder)
     if not folder.is_dir():
         raise FilesError(f"{folder} is not a folder; name the folder that holds config.json and *.safetensors")
     config, model = models.read(folder)
@@ -95,7 +96,7 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: s
         folder=str(folder),
         architecture=config.architecture,
         dtype=computed,
-        parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
+        parameters=sum(entry.parameters for entry in checkpoint.entries.values()),
         file_bytes=file_bytes,
         rank_weight_bytes=rank_bytes,
         kv_dtype=kept,
@@ -159,7 +160,7 @@ def _lines(found: Inspection) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     """`inspect DIR [--lora name=dir;...] [--dtype D] [--kv-cache-dtype D] [--world-size N] [--quantize F] [--json]`; the exit code."""
     parser = argparse.ArgumentParser(prog="text-generation-server inspect", description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("folder", type=Path, metavar="MODEL_DIR")
+    parser.add_argument("folder", type=Path, metavar="MODEL_DIR", help="a model folder, or a GGUF file")
     parser.add_argument("--lora", default="", help="adapters, as name=folder;name=folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", *ITEM_BYTES])
     parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="auto = the model's")

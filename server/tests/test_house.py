@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "models": {"spec"},
     "dist": {"errors"},
     "errors": set(),
-    "hub": {"errors", "config"},
+    "gguf": {"errors"},
+    "hub": {"errors", "config", "gguf"},
     "inspect": {"errors", "hub", "config", "spec", "models", "weights"},
-    "weights": {"spec", "state", "dist", "errors"},
-    "quant": {"spec", "dist", "errors", "weights"},
+    "weights": {"spec", "state", "dist", "errors", "gguf"},
+    "quant": {"spec", "dist", "errors", "weights", "gguf"},
     "state": {"spec", "errors"},
     "attention": {"spec", "state", "errors"},
     "lora": {"dist", "errors", "weights"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "cli": {"rpc", "engine", "nn", "models", "spec", "config", "errors", "hub", "inspect", "dist"},
 }
 # Packages from outside that a room may not touch: text stays out of the shard's core, tensors out of its descriptions.
-NO_TORCH = {"spec", "models", "errors", "hub", "inspect", "config"}
+NO_TORCH = {"spec", "models", "errors", "hub", "inspect", "config", "gguf"}
 TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "kvrun_kernels", "grpc", "google"}
 
 RUST_MAY_USE = {

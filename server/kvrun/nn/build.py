@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import replace
@@ -29,7 +28,7 @@ from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
 from kvrun.nn.vision.build import build_sight
 from kvrun.nn.vision.sight import Sight
-from kvrun.quant import DenseLinear, LinearFormat, QuantizedLinear, choose
+from kvrun.quant import CodedLinear, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.quant import build as build_weight
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
@@ -99,7 +98,7 @@ def load_model(
         device=device,
         quantize=method(quantize, stored),
         weight_bytes=build.elements * chosen.itemsize - sum(build.saved),
-        parameters=sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
+        parameters=sum(entry.parameters for entry in checkpoint.entries.values()),
         digest=checkpoint.digest,
     )
 
@@ -133,7 +132,7 @@ class _Build:
         self.linears = self.shared.linears
         self._model, self._plan, self._loader, self._format = model, plan, loader, weights
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
-        self._shares_embedding = loader.stored(plan.embed.table) == loader.stored(plan.head.weight)
+        self._shares_embedding = loader.end(plan.embed.table).module == loader.end(plan.head.weight).module
         self.hidden = model.decoder.embed.hidden
         self._rounded = rounded
         self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
@@ -171,17 +170,29 @@ class _Build:
         other.hidden, other.shared, other._whole = hidden, Shared(Split(), Group.single(), self.shared.dtype), True
         return other
 
-    def _head_weight(self) -> DenseLinear:
-        weight = self._loader.table(self._plan.head.weight, self.shared.dtype)
+    def _head_weight(self) -> CodedLinear | DenseLinear:
+        weight = self._end(self._plan.head.weight)
         if isinstance(self._model.decoder.head, UnitHead):
-            weight = functional.normalize(weight.float()).to(weight.dtype)
-        return DenseLinear(weight)
+            return DenseLinear(functional.normalize(weight.dense().float()).to(self.shared.dtype))
+        return weight
 
-    def _embedding(self, head: DenseLinear) -> Embedding:
+    def _end(self, plan: TablePlan) -> CodedLinear | DenseLinear:
+        """The matrix of an end, in codes where the checkpoint has it so."""
+        if not self._loader.coded(plan, self._format):
+            return DenseLinear(self._loader.table(plan, self.shared.dtype))
+        cut = self._loader.end(plan)
+        weight = self._weight(LinearPlan("end", (cut,)), exact=True)
+        assert isinstance(weight, CodedLinear | DenseLinear), "one part has nothing to be stacked with"
+        return weight
+
+    def _embedding(self, head: CodedLinear | DenseLinear) -> Embedding:
         embed, plan = self._model.decoder.embed, self._plan.embed
         # Rows of a head whose rows were changed are not the embedding's.
         shared = self._shares_embedding and not isinstance(self._model.decoder.head, UnitHead)
-        rows = head.rows if shared else partial(functional.embedding, weight=self._loader.table(plan.table, self.shared.dtype))
+        if shared or self._loader.coded(plan.table, self._format):
+            rows = partial(_rows, head if shared else self._end(plan.table), self.shared.dtype)
+        else:
+            rows = partial(functional.embedding, weight=self._loader.table(plan.table, self.shared.dtype))
         return Embedding(
             embed.name,
             embed.vocabulary,
@@ -196,7 +207,7 @@ class _Build:
             norm=None if embed.norm is None else norm_of(embed.norm, self.tables(plan.norm)),
         )
 
-    def _head(self, weight: DenseLinear) -> Head:
+    def _head(self, weight: CodedLinear | DenseLinear) -> Head:
         head, plan = self._model.decoder.head, self._plan.head
         bias = None if plan.bias is None else self._loader.table(plan.bias, self.shared.dtype)
         vocabulary, width = plan.weight.shape
@@ -256,15 +267,19 @@ class _Build:
             plan.role, _sources(plan, self._loader.naming), self._weight(plan), bias, plan.out_features, plan.in_features
         )
 
-    def _weight(self, plan: LinearPlan) -> QuantizedLinear:
+    def _weight(self, plan: LinearPlan, *, exact: bool = False) -> QuantizedLinear:
         parts = []
         for cut in plan.cuts:
             weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
-        weight = build_weight(parts, plan.in_features, self.shared.dtype, self._rounded)
+        weight = build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
         if not isinstance(weight, DenseLinear):
             self.saved.append(plan.out_features * plan.in_features * self.shared.dtype.itemsize - weight.nbytes)
         return weight
+
+
+def _rows(weight: CodedLinear | DenseLinear, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return weight.rows(ids).to(dtype)
 
 
 def _sources(plan: LinearPlan, stored: Naming) -> tuple[Source, ...]:

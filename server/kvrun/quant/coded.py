@@ -31,14 +31,20 @@ class CodedLinear:
         """x [T, in] -> [T, out]"""
         return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias, rounded=self._rounded)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` of the weight, [ids, in] float32: an embedding looks them up."""
+        return self._in_order(self.packed.rows(ids))
+
     def dense(self) -> Tensor:
         """The weight that the codes stand for, [out, in] float32."""
-        dense = self.packed.dense()
+        return self._in_order(self.packed.dense())
+
+    def _in_order(self, rows: Tensor) -> Tensor:
         if self._order is None:
-            return dense
+            return rows
         there = self._order >= 0
-        out = dense.new_empty((len(dense), self._in_features))
-        out[:, self._order[there]] = dense[:, there]
+        out = rows.new_empty((len(rows), self._in_features))
+        out[:, self._order[there]] = rows[:, there]
         return out
 
 

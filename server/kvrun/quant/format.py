@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvrun.quant.codes import Codes
 from kvrun.weights.plan import Cut, Role
-from kvrun.weights.shard import WHOLE, Axes, Flat
+from kvrun.weights.shard import WHOLE, Axes, Blocks, Flat, Stretch
 
-__all__ = ["WHOLE", "Axes", "Flat", "LinearFormat", "QuantizedLinear"]
+__all__ = ["WHOLE", "Axes", "Blocks", "Flat", "LinearFormat", "QuantizedLinear"]
 
 
 class QuantizedLinear(Protocol):
@@ -36,7 +36,7 @@ class LinearFormat(Protocol):
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """The format of one module, of whose tensors the checkpoint holds these suffixes."""
 
-    def tensors(self) -> Mapping[str, Axes | Flat]:
+    def tensors(self) -> Mapping[str, Stretch]:
         """The tensors of a module by suffix ("weight", "scales") with their axes; the loader cuts by them."""
 
     def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes | Tensor:

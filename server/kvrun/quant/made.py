@@ -18,7 +18,7 @@ SMALLEST = 1e-12  # a row of zeros keeps a scale that can be divided by
 
 
 class Made:
-    """Plain weights that become codes after they were cut. What every rank holds in full stays plain: routers are such."""
+    """Plain weights that become codes after they were cut. Both ends stay plain, and what every rank holds in full: routers are such."""
 
     def __init__(self, encode: Callable[[Tensor], Codes], unit: int = GROUP) -> None:
         """`encode` takes a weight [out, in] float32, `unit` of whose inputs may share a scale."""
@@ -26,7 +26,7 @@ class Made:
 
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """See LinearFormat."""
-        return Dense() if role == "whole" else self
+        return Dense() if role in ("whole", "end") else self
 
     def tensors(self) -> Mapping[str, Axes]:
         """See LinearFormat."""

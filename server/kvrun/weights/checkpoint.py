@@ -1,4 +1,4 @@
-"""A folder of safetensors, opened by its headers; tensors are read when asked for, and only the parts asked for.
+"""A folder of weights, opened by its headers; tensors are read when asked for, and only the parts asked for.
 
 Never unpickles anything. Importing this module imports no torch.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import FilesError
+from kvrun.gguf import holds_gguf
 from kvrun.weights.split import Runs, size
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ class Entry:
     file: Path
     dtype: str  # the format's own name, "BF16"
     shape: tuple[int, ...]
+    packed: float = 1.0  # numbers that each element stands for
+
+    @property
+    def parameters(self) -> int:
+        """Numbers it holds."""
+        return round(math.prod(self.shape) * self.packed)
 
 
 class Checkpoint:
@@ -47,6 +54,10 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Read the headers. FilesError names a file that is missing, short, corrupt or a pointer, and the cure."""
         folder = Path(folder)
+        if holds_gguf(folder):
+            from kvrun.weights.gguf import open_gguf
+
+            return open_gguf(folder)
         entries: dict[str, Entry] = {}
         digest = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"")
         for file in _files(folder):
@@ -62,18 +73,23 @@ class Checkpoint:
     def read(self, name: str, spans: tuple[Runs, ...], out: Tensor) -> None:
         """Copy the product of `spans`, one list of ranges per dimension, into `out`, converting to its dtype."""
         entry = self.entries[name]
-        file = self._open(entry.file)
         try:
             if entry.shape:
-                _copy(file.get_slice(name), spans, out, ())
+                _copy(self._slices(name), spans, out, ())
             else:  # a number alone has no slices
-                out.copy_(file.get_tensor(name))
+                out.copy_(self._open(entry.file).get_tensor(name))
+        except FilesError:
+            raise
         except Exception as error:  # the library's own error type is not exported by every version
             raise FilesError(f"{entry.file}: tensor {name} cannot be read: {error}; {AGAIN}") from error
 
     def close(self) -> None:
         """Let go of the files."""
         self._handles.clear()
+
+    def _slices(self, name: str) -> Any:
+        """What gives a part of a tensor by its ranges, one slice for each dimension."""
+        return self._open(self.entries[name].file).get_slice(name)
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:

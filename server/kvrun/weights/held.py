@@ -22,12 +22,18 @@ def weight_bytes(plan: ModelPlan, item: int, quantize: str | None, stored: Mappi
     bits = _stored_bits(stored) if stored else MADE.get(quantize or "")
     if bits is None:
         return plan.elements * item
-    coded = sum(linear.out_features * linear.in_features for linear in plan.linears if linear.role != "whole")
+    everywhere = "held_bits" in (stored or {})  # routers and both ends too
+    coded = sum(linear.out_features * linear.in_features for linear in plan.linears if everywhere or linear.role != "whole")
+    if everywhere:
+        tied = plan.head.weight.instead == plan.embed.table.tensor
+        coded += plan.head.weight.elements + (0 if tied else plan.embed.table.elements)
     return (plan.elements - coded) * item + int(coded * bits / 8)
 
 
 def _stored_bits(stored: Mapping[str, Any]) -> float:
-    """Codes of up to 4 bits take 4 of them, others 8."""
+    """Codes of up to 4 bits take 4 of them, others 8. A checkpoint whose matrices differ says what they take on average."""
+    if "held_bits" in stored:
+        return float(stored["held_bits"])
     schemes = [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()] or [stored]
     found = []
     for scheme in schemes:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from kvrun.errors import FilesError, Unsupported
 from kvrun.weights.checkpoint import Checkpoint, extent
 from kvrun.weights.naming import Naming
-from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, TablePlan
-from kvrun.weights.shard import Axes, Flat, Stored
+from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, Role, TablePlan
+from kvrun.weights.shard import Stored, Stretch
 from kvrun.weights.split import Runs, merge
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Loader:
             self.checkpoint.read(self.naming(plan.rest[0]), ((span,), *columns), out[before:])
         return out
 
-    def linear(self, plan: LinearPlan, axes: Mapping[str, Axes | Flat], cut: Cut) -> dict[str, Tensor]:
+    def linear(self, plan: LinearPlan, axes: Mapping[str, Stretch], cut: Cut) -> dict[str, Tensor]:
         """The tensors of one cut of a linear, in the file's own dtype."""
         return {suffix: self._cut(cut, suffix, axis, plan.transposed) for suffix, axis in axes.items()}
 
@@ -94,7 +94,7 @@ class Loader:
             at += rows
         return out
 
-    def _cut(self, cut: Cut, suffix: str, axes: Axes | Flat, transposed: bool) -> Tensor:
+    def _cut(self, cut: Cut, suffix: str, axes: Stretch, transposed: bool) -> Tensor:
         import torch
 
         flip = transposed and suffix == "weight"
@@ -113,26 +113,41 @@ class Loader:
 
     def _wanted(self, plan: ModelPlan, weights: Stored) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
+        ends = (plan.embed.table, plan.head.weight)
         for table in plan.all_tables():
+            if table in ends and self.coded(table, weights):
+                yield from self._module(self.end(table), weights, "end", transposed=False)
+                continue
             rest = 0 if table.rest is None else table.rest[1]
             yield self.stored(table), (table.shape[0] - rest, *table.shape[1:])
             if table.rest is not None:
                 yield self.naming(table.rest[0]), (rest, *table.shape[1:])
         for linear in plan.all_linears():
             for cut in linear.cuts:
-                whole = (cut.in_features, cut.out_features) if linear.transposed else (cut.out_features, cut.in_features)
-                for suffix, axis in weights.of(cut.module, linear.role, self.held(cut)).tensors().items():
-                    yield self.naming(cut.tensor(suffix)), cut.stacked(whole) if axis.plain else None
+                yield from self._module(cut, weights, linear.role, transposed=linear.transposed)
                 if linear.bias:
                     yield self.naming(cut.tensor("bias")), cut.stacked((cut.out_features,))
 
+    def _module(self, cut: Cut, weights: Stored, role: Role, *, transposed: bool) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+        for suffix, axes in weights.of(cut.module, role, self.held(cut)).tensors().items():
+            shape = axes.shape(cut.out_features, cut.in_features, transposed=transposed)
+            yield self.naming(cut.tensor(suffix)), None if shape is None else cut.stacked(shape)
+
     def stored(self, plan: TablePlan) -> str:
         """The name under which the checkpoint has a table."""
-        name = self.naming(plan.tensor)
-        if name not in self.checkpoint.entries and plan.instead is not None:
-            other = self.naming(plan.instead)
-            return other if other in self.checkpoint.entries else name
-        return name
+        return self.naming(plan.tensor if plan.instead is None else self.end(plan).tensor("weight"))
+
+    def end(self, plan: TablePlan) -> Cut:
+        """The module that holds a table over the vocabulary: the other of two tied ones where the first is not there."""
+        vocabulary, width = plan.shape
+        names = [name.removesuffix(".weight") for name in (plan.tensor, plan.instead) if name is not None]
+        cuts = [Cut(name, plan.rows, ((0, width),), vocabulary, width) for name in names]
+        return next((cut for cut in cuts if self.held(cut) - {"bias"}), cuts[0])
+
+    def coded(self, plan: TablePlan, weights: Stored) -> bool:
+        """Whether the checkpoint has a table over the vocabulary as something else than plain numbers."""
+        cut = self.end(plan)
+        return set(weights.of(cut.module, "end", self.held(cut)).tensors()) != {"weight"}
 
 
 def indices(runs: Runs) -> Tensor:

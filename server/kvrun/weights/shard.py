@@ -26,10 +26,11 @@ class Axes:
     out_index: int = 1
     inp_index: int = 1
 
-    @property
-    def plain(self) -> bool:
-        """One number per output and input, in that order."""
-        return self == Axes(0, 1)
+    def shape(self, out: int, inp: int, *, transposed: bool) -> tuple[int, ...] | None:
+        """The shape of a tensor for so many outputs and inputs, where that is all it depends on."""
+        if self != Axes(0, 1):
+            return None
+        return (inp, out) if transposed else (out, inp)
 
     def flipped(self) -> Axes:
         """The same for a tensor stored the other way round."""
@@ -55,7 +56,9 @@ class Axes:
 class Flat:
     """A tensor whose first dimension runs over the outputs one after another, all inputs of each together."""
 
-    plain = False
+    def shape(self, out: int, inp: int, *, transposed: bool) -> tuple[int, ...] | None:
+        """See Axes."""
+        return None
 
     def flipped(self) -> Flat:
         """See Axes: bytes in one row have no other way round."""
@@ -71,6 +74,36 @@ class Flat:
         return tuple((start * each, stop * each) for start, stop in cut.rows), *(((0, length),) for length in shape[1:])
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Outputs by blocks of `values` inputs by the bytes of a block. A range that ends inside a block takes all of it."""
+
+    values: int
+    bytes: int
+
+    def shape(self, out: int, inp: int, *, transposed: bool) -> tuple[int, ...] | None:
+        """See Axes."""
+        return (out, -(-inp // self.values), self.bytes)
+
+    def flipped(self) -> Blocks:
+        """See Axes: rows of blocks have no other way round."""
+        return self
+
+    def spans(self, cut: Cut, shape: tuple[int, ...]) -> tuple[Runs, ...]:
+        """See Axes."""
+        return cut.rows, tuple((start // self.values, -(-stop // self.values)) for start, stop in cut.cols), ((0, self.bytes),)
+
+    def places(self, cut: Cut) -> Runs:
+        """Where the inputs of the cut lie among those that `spans` reads, in order."""
+        places, before = [], 0
+        for start, stop in cut.cols:
+            first, last = start // self.values, -(-stop // self.values)
+            places.append((before + start - first * self.values, before + stop - first * self.values))
+            before += (last - first) * self.values
+        return tuple(places)
+
+
+Stretch = Axes | Flat | Blocks  # how a tensor stretches over outputs and inputs
 WHOLE = Axes(None, None)
 
 
@@ -80,7 +113,7 @@ class Stored(Protocol):
     def of(self, module: str, role: Role, held: Collection[str]) -> Stored:
         """The format of one module, of whose tensors the checkpoint holds these suffixes."""
 
-    def tensors(self) -> Mapping[str, Axes | Flat]:
+    def tensors(self) -> Mapping[str, Stretch]:
         """The tensors of a module by suffix ("weight", "scales") with their axes; the loader cuts by them."""
 
 
