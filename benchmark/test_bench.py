@@ -129,6 +129,14 @@ class Spinning:
         return {}
 
 
+def running_in(sessions: list[int]) -> list[str]:
+    """The processes of these sessions that live, a moment later."""
+    assert sessions
+    time.sleep(0.2)
+    listed = subprocess.run(["ps", "-o", "stat=,cmd=", "-s", ",".join(map(str, sessions))], capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if not line.startswith("Z")]
+
+
 @contextmanager
 def spent(server: Running):
     """The processor time of a server meanwhile, in a list."""
@@ -150,9 +158,20 @@ def test_only_the_server_that_is_measured_runs(tmp_path):
     finally:
         pids = [s.process.pid for s in pool.running.values()]
         pool.close()
-    time.sleep(0.2)
-    left = subprocess.run(["ps", "-o", "stat=,cmd=", "-s", ",".join(map(str, pids))], capture_output=True, text=True).stdout.splitlines()
-    assert pids and all(line.startswith("Z") for line in left), left
+    assert not running_in(pids)
+
+
+def test_an_interrupted_start_leaves_no_process(tmp_path, monkeypatch):
+    pids = []
+
+    def interrupted(server: Running) -> float:
+        pids.append(server.process.pid)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(Running, "_wait", interrupted)
+    with pytest.raises(SystemExit):
+        Pool(tmp_path).get(Spinning(), Setup(Model(tmp_path)))
+    assert not running_in(pids)
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path):

@@ -52,7 +52,11 @@ class Running:
             self.process = subprocess.Popen(
                 peer.command(setup, port), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
             )
-        self.ready_s = self._wait()
+        try:
+            self.ready_s = self._wait()
+        except BaseException:  # an interrupted start leaves no process either
+            self.stop()
+            raise
 
     def _wait(self) -> float:
         while time.perf_counter() - self.began < READY_S:
@@ -65,7 +69,6 @@ class Running:
             except (OSError, urllib.error.URLError):
                 time.sleep(0.02)
         last = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        self.stop()
         raise RuntimeError(f"{self.peer.name} did not get ready; the end of {self.log}:\n{last}")
 
     def _signal(self, number: int, pids: list[int]) -> None:
