@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvrun import __version__
-from kvrun.errors import ConfigError, DeviceError, KvrunError, Unsupported
+from kvrun.errors import ConfigError, DeviceError, KvrunError
 
 if TYPE_CHECKING:
     from kvrun.config import ServeConfig
@@ -22,7 +22,7 @@ Commands:
   download-weights REPO             fetch a model or an adapter, print its folder
   describe --model-id DIR           print how a model is understood, part by part
   inspect MODEL_DIR                 print what a model needs, from its headers alone
-  quantize                          convert weights to a smaller format
+  quantize MODEL OUT --method M     write a model's weights in fewer bits
 
 `text-generation-server COMMAND --help` says more. Exit codes: 10 configuration, 11 files, 12 memory, 14 device, 70 a bug.
 """
@@ -105,8 +105,10 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def quantize(argv: Sequence[str]) -> int:
-    """Refused for now."""
-    raise Unsupported("quantize is not there yet; convert with the format's own tool and serve the result with --quantize")
+    """Write a model's weights in fewer bits."""
+    from kvrun.quantize import command
+
+    return command.main(argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

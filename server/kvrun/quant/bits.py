@@ -31,3 +31,12 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
             found = found & ((1 << left) - 1) | words[:, word + 1] << left
         out[:, field] = found & mask
     return out.flatten(0, 1).movedim(0, dim).contiguous()
+
+
+def pack_rows(fields: Tensor, bits: int) -> Tensor:
+    """[rows, n] uint8 fields of 4 or 8 bits -> [rows, n * bits / 32] int32, each row's end filled with zeros."""
+    per = INTEGER // bits
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[1] % per))
+    if bits == 4:
+        fields = fields[:, 0::2] | fields[:, 1::2] << 4
+    return fields.contiguous().view(torch.int32)
