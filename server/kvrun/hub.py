@@ -221,7 +221,8 @@ def main(argv: list[str], environ: Mapping[str, str] | None = None) -> int:
 
     try:
         folder, known = Path(args.repository), os.environ if environ is None else environ
-        if not folder.exists() and folder.suffix != BLOCKS:
+        is_file = folder.suffix == BLOCKS and ":" not in args.repository
+        if not folder.is_dir() and not is_file:
             folder = download(Hub.from_environment(known), args.repository, args.revision, log)
         folder = local(folder, known)
     except KvrunError as error:

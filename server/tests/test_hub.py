@@ -231,6 +231,65 @@ def test_a_folder_is_its_own_answer(stand, capsys, tmp_path):
     assert not stand.fetched
 
 
+BLOCKS = {
+    "README.md": 7,
+    "m-Q4_K_M.gguf": 400,
+    "m-Q8_0.gguf": 800,
+    "mmproj-f16.gguf": 90,
+    "big/m-F16-00001-of-00002.gguf": 900,
+    "big/m-F16-00002-of-00002.gguf": 700,
+}
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """GGUF files are not read here: a file is its own model folder."""
+    monkeypatch.setattr(hub, "prepared", lambda path, cache: path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fetched"),
+    [
+        ("q4_k_m", ["m-Q4_K_M.gguf"]),
+        ("Q8_0", ["m-Q8_0.gguf"]),
+        ("m-Q8_0.gguf", ["m-Q8_0.gguf"]),
+        ("m-F16", ["big/m-F16-00001-of-00002.gguf", "big/m-F16-00002-of-00002.gguf"]),
+        ("mmproj", ["mmproj-f16.gguf"]),
+    ],
+)
+def test_one_gguf_file_of_several_is_fetched_by_a_part_of_its_name(asked, fetched, stand, unread, capsys):
+    stand.files = BLOCKS
+    code, out, _ = run(capsys, f"{REPOSITORY}:{asked}")
+    assert (code, out) == (0, str(stand.folder / fetched[0]))
+    assert stand.fetched[0]["allow_patterns"] == fetched
+
+
+def test_the_only_gguf_file_needs_no_name_and_several_are_listed(stand, unread, capsys):
+    stand.files = {name: BLOCKS[name] for name in ("README.md", "m-Q8_0.gguf", "mmproj-f16.gguf")}
+    assert run(capsys)[1] == str(stand.folder / "m-Q8_0.gguf")
+    stand.files = BLOCKS
+    message = refused(capsys)
+    assert "found big/m-F16-00001-of-00002.gguf, m-Q4_K_M.gguf, m-Q8_0.gguf; name one" in message and f"{REPOSITORY}:Q4_K_M" in message
+    assert "with 'Q2_K' in its name: found" in refused(capsys, f"{REPOSITORY}:Q2_K")
+
+
+def test_safetensors_are_taken_where_both_are_there(stand, unread, capsys):
+    stand.files = {**LLAMA, **BLOCKS}
+    run(capsys)
+    assert stand.fetched[0]["allow_patterns"] == TAKEN
+
+
+def test_a_cached_gguf_file_is_found_without_the_hub(stand, unread, capsys):
+    stand.cached = stand.folder
+    (stand.folder / "m-Q8_0.gguf").touch()
+    assert run(capsys, HF_HUB_OFFLINE="1")[:2] == (0, str(stand.folder / "m-Q8_0.gguf"))
+
+
+def test_a_gguf_file_that_is_not_there_is_not_looked_for_on_the_hub(stand, capsys):
+    assert "nowhere.gguf is not there; name a GGUF file" in refused(capsys, "nowhere.gguf")
+    assert not stand.fetched
+
+
 def test_the_library_is_imported_only_for_a_download():
     import subprocess
 

@@ -53,7 +53,7 @@ def config_of(container: Container, architecture: Architecture) -> Config:
     config["tie_word_embeddings"] = "output.weight" not in container.tensors
     if architecture.derive is not None:
         config.update(architecture.derive(container, config))
-    config.update(_rotation(container, config))
+    config.update(_rotation(container, architecture, config))
     config.update(tokens(container), dtype=_dtype(container), quantization_config=_stored(container, architecture))
     return config
 
@@ -89,13 +89,13 @@ def _embedding(container: Container) -> tuple[int, ...]:
     return container.tensors["token_embd.weight"].shape
 
 
-def _rotation(container: Container, config: Config) -> Config:
+def _rotation(container: Container, architecture: Architecture, config: Config) -> Config:
     """How much of a head is rotated, and how the rotation is stretched."""
     found: Config = {}
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rotated = container.metadata.get(f"{container.architecture}.rope.dimension_count", dim)
-    if "head_dim" not in config and container.architecture in ("llama", "granite", "smollm3"):
-        # These rotate all of a head, so that this says how wide one is.
+    if "head_dim" not in config and "pairs" in architecture.orders.values():
+        # Where rows lie in pairs all of a head is rotated, so that this says how wide one is.
         found["head_dim"] = dim = rotated
     if rotated != dim:
         found["partial_rotary_factor"] = rotated / dim
@@ -146,12 +146,10 @@ def _dtype(container: Container) -> str:
 
 
 def _stored(container: Container, architecture: Architecture) -> Config:
-    """What plans before anything is loaded go by: the bits that a number of a matrix takes on average."""
-    plain = {"float32": 32, "float16": 16, "bfloat16": 16}[_dtype(container)]
-    numbers, bits = 0, 0.0
-    for place in places(container, architecture).values():
-        if place.matrix:
-            count = math.prod(place.shape)
-            numbers += count
-            bits += count * HELD_BITS.get(place.tensor.type.name, plain)
-    return {"quant_method": METHOD, "held_bits": round(bits / max(numbers, 1), 3)}
+    """What plans before anything is loaded go by: the share of matrices that is coded, and the bits that a number of them takes."""
+    matrices = [place for place in places(container, architecture).values() if place.matrix]
+    coded = [(math.prod(place.shape), HELD_BITS[name]) for place in matrices if (name := place.tensor.type.name) in HELD_BITS]
+    numbers = sum(count for count, _ in coded)
+    bits = sum(count * bits for count, bits in coded) / max(numbers, 1)
+    share = numbers / sum(math.prod(place.shape) for place in matrices)
+    return {"quant_method": METHOD, "coded_share": round(share, 4), "held_bits": round(bits, 3)}

@@ -9,7 +9,7 @@ from kvrun.errors import FilesError, Unsupported
 from kvrun.gguf.container import Container
 from kvrun.gguf.splits import SPLITS, UNSAID, WHOLE_WORDS, Json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of tokens
 SPACE = "▁"
 UNTRAINED = ("default", "")  # names of a split that say nothing
 
@@ -25,6 +25,8 @@ class Vocabulary:
         if not self.tokens:
             raise FilesError(f"{container.file} holds no tokens; name a file that was made with its vocabulary")
         self.types: list[int] = self.get("token_type") or [NORMAL] * len(self.tokens)
+        while self.types and self.types[-1] == UNUSED:  # what pads the matrix is no token
+            self.tokens, self.types = self.tokens[:-1], self.types[:-1]
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field of `tokenizer.ggml`."""

@@ -19,21 +19,25 @@ def method(quantize: str | None, stored: Mapping[str, Any] | None) -> str:
 
 def weight_bytes(plan: ModelPlan, item: int, quantize: str | None, stored: Mapping[str, Any] | None) -> int:
     """Bytes that this rank's weights will take, `item` for each number that stays plain. An estimate where scales vary."""
+    if stored and "held_bits" in stored:
+        return _mixed(plan, item, float(stored["coded_share"]), float(stored["held_bits"]))
     bits = _stored_bits(stored) if stored else MADE.get(quantize or "")
     if bits is None:
         return plan.elements * item
-    everywhere = "held_bits" in (stored or {})  # routers and both ends too
-    coded = sum(linear.out_features * linear.in_features for linear in plan.linears if everywhere or linear.role != "whole")
-    if everywhere:
-        tied = plan.head.weight.instead == plan.embed.table.tensor
-        coded += plan.head.weight.elements + (0 if tied else plan.embed.table.elements)
+    coded = sum(linear.out_features * linear.in_features for linear in plan.linears if linear.role != "whole")
     return (plan.elements - coded) * item + int(coded * bits / 8)
 
 
+def _mixed(plan: ModelPlan, item: int, share: float, bits: float) -> int:
+    """A checkpoint that says which share of its matrices is coded, both ends among them, and with how many bits on average."""
+    tied = plan.head.weight.instead == plan.embed.table.tensor
+    ends = plan.head.weight.elements + (0 if tied else plan.embed.table.elements)
+    coded = share * (ends + sum(linear.out_features * linear.in_features for linear in plan.all_linears()))
+    return int((plan.elements - coded) * item + coded * bits / 8)
+
+
 def _stored_bits(stored: Mapping[str, Any]) -> float:
-    """Codes of up to 4 bits take 4 of them, others 8. A checkpoint whose matrices differ says what they take on average."""
-    if "held_bits" in stored:
-        return float(stored["held_bits"])
+    """Codes of up to 4 bits take 4 of them, others 8."""
     schemes = [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()] or [stored]
     found = []
     for scheme in schemes:
