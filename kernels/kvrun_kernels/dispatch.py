@@ -55,12 +55,15 @@ class Kernel:
                 self.run, self.level = function, candidate
                 return
 
-    def triton(self, *tensors: torch.Tensor | None) -> ModuleType | None:
+    def triton(self, first: torch.Tensor, *others: torch.Tensor | None) -> ModuleType | None:
         """The op's `triton.py` if it serves these: on a GPU, of a known dtype, last dimension contiguous.
 
         It is imported when the first such tensors come: a server on CPUs never loads Triton.
         """
-        if self.elsewhere != "triton" or not all(t is None or _triton_reads(t) for t in tensors):
+        # On the CPU this is asked for every call.
+        if first.is_cpu and "cpu" not in _triton_devices:
+            return None
+        if self.elsewhere != "triton" or not all(t is None or _triton_reads(t) for t in (first, *others)):
             return None
         return importlib.import_module(f"kvrun_kernels.{self.name}.triton")
 

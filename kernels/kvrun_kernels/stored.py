@@ -42,6 +42,11 @@ def widen(rows: Tensor) -> Tensor:
     return rows[..., :-SCALE_BYTES].float() * rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
 
 
+def as_held(pool: Tensor) -> Tensor:
+    """The same pool as Triton code takes it: numbers of 8 bits as bytes, for not every GPU knows their dtypes."""
+    return pool if pool.dtype in DTYPES else pool.view(torch.uint8)
+
+
 def holds(pool: Tensor) -> bool:
     """Whether native code can read and write a pool: on the CPU, in a format that is known, without gaps."""
     return pool.is_cpu and pool.dtype in FORMATS and pool.is_contiguous()

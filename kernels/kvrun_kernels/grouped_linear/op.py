@@ -33,6 +33,9 @@ def grouped_linear(x: Tensor, packed: Sequence[PackedLinear], offsets: Tensor, b
     first = packed[0]
     if x.dim() != 2 or x.shape[1] != first.in_features:
         raise ValueError(f"x of shape [rows, {first.in_features}] asked, found {list(x.shape)}; reshape it first")
+    # On a GPU nobody looks at the offsets' values: that would wait for all that runs there.
+    if (gpu := _kernel.triton(x)) and len(offsets) == len(packed) + 1 and _uniform(packed, biases or ()):
+        return gpu.grouped_linear(x, packed, offsets, biases)
     bounds = offsets.tolist()
     if len(bounds) != len(packed) + 1 or bounds[0] != 0 or bounds[-1] != x.shape[0] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"{len(packed) + 1} rising offsets from 0 to {x.shape[0]} asked, found {bounds}; sort the rows by group")
@@ -56,3 +59,9 @@ def _alike(used: list[PackedLinear], first: PackedLinear) -> bool:
     """Whether one table serves them: packed natively, of one shape and dtype."""
     shape = (first.out_features, first.in_features, first.dtype)
     return all(p.packed and (p.out_features, p.in_features, p.dtype) == shape for p in used)
+
+
+def _uniform(packed: Sequence[PackedLinear], biases: Sequence[Tensor]) -> bool:
+    """Whether weights that lie as they came, and their biases, are of one shape and dtype each."""
+    plain = all(not p.packed and p.held.is_contiguous() and p.held.shape == packed[0].held.shape for p in packed)
+    return plain and len({p.dtype for p in packed}) == 1 and len({b.dtype for b in biases}) <= 1

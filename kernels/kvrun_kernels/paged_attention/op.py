@@ -106,10 +106,13 @@ def paged_attention(
         raise ValueError(f"queries of {q.shape[2]} numbers asked of a pool whose rows have {pool.shape[4]} elements of {pool.dtype}")
     integers, floats = (query_start, contexts, page_table, reach), (slopes, sinks, relative)
     run = _kernel.run
-    native = on_cpu(q) and holds(pool)
-    native = native and all(t is None or (t.dtype == torch.int32 and t.stride(-1) == 1) for t in integers)
-    native = native and all(t is None or (t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()) for t in floats)
-    if run is None or not native:
+    plain = all(t is None or (t.dtype == torch.int32 and t.stride(-1) == 1) for t in integers)
+    plain = plain and all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in floats)
+    if plain and pool.dtype in FORMATS and pool.is_contiguous() and (gpu := _kernel.triton(q, *floats)):
+        return gpu.paged_attention(
+            q, pool, query_start, contexts, page_table, scale, window, softcap, slopes, sinks, reach, relative, value_dim or q.shape[2]
+        )
+    if run is None or not plain or not on_cpu(q, *floats) or not holds(pool):
         return reference(
             q, pool, query_start, contexts, page_table, scale, window, softcap, slopes,
             sinks=sinks, reach=reach, relative=relative, value_dim=value_dim,

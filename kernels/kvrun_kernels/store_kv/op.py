@@ -35,6 +35,8 @@ def store_kv(k: Tensor, v: Tensor | None, pool: Tensor, slots: Tensor) -> None:
         raise ValueError(
             f"vectors of {k.shape[2]} take {stored_width(k.shape[2], pool.dtype)} elements of {pool.dtype}; the pool has {pool.shape[4]}"
         )
+    if pool.is_contiguous() and pool.dtype in FORMATS and (gpu := _kernel.triton(k, v)):
+        return gpu.store_kv(k, v, pool, slots)
     run = _kernel.run
     native = on_cpu(k, v) and holds(pool) and (v is None or k.dtype == v.dtype)
     if run is None or not native or slots.dtype != torch.int32:
