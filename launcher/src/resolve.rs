@@ -26,7 +26,7 @@ pub struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// The folders of the model and of every adapter, downloaded if they are names of repositories.
+    /// The folders of the model and of every adapter: downloaded if they are names of repositories, made if they are GGUF files.
     pub fn served(&self) -> Result<Served, Failure> {
         let settings = self.settings;
         let model = self.folder(
@@ -78,14 +78,15 @@ impl Work<'_> {
 
     fn folder(&self, flag: &str, source: &str, revision: Option<&str>) -> Result<PathBuf, Failure> {
         let path = Path::new(source);
-        if path.is_dir() {
+        let blocks = is_gguf(path);
+        if path.is_dir() && !blocks {
             return std::path::absolute(path).map_err(|error| Failure::system(source, error));
         }
-        if !is_repository(source) {
+        if !blocks && !is_repository(source) {
             return Err(Failure::new(
                 Code::Files,
                 format!(
-                    "{flag} {source}: there is no such folder, and it is not the name of a repository either; check the path"
+                    "{flag} {source}: there is no such folder or GGUF file, and it is not the name of a repository either; check the path"
                 ),
             ));
         }
@@ -152,7 +153,22 @@ impl Work<'_> {
     }
 }
 
-/// Whether the text has the shape of a repository's name: `name` or `owner/name`, of plain characters.
+/// Whether a path is a GGUF file, or a folder whose only weights are such files: what is made a model folder of first.
+fn is_gguf(path: &Path) -> bool {
+    let ends = |path: &Path, name: &str| path.extension().is_some_and(|kind| kind == name);
+    if path.is_file() {
+        return ends(path, "gguf");
+    }
+    let Ok(entries) = path.read_dir() else {
+        return false;
+    };
+    let files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    files.iter().any(|file| ends(file, "gguf"))
+        && !files.iter().any(|file| ends(file, "safetensors"))
+}
+
+/// Whether the text has the shape of a repository's name: `name` or `owner/name`, of plain characters, perhaps with a
+/// colon and a part of the name of one of its GGUF files.
 fn is_repository(text: &str) -> bool {
     let plain = |part: &str| {
         !part.is_empty()
@@ -161,7 +177,12 @@ fn is_repository(text: &str) -> bool {
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
-    text.len() <= 96 && text.split('/').count() <= 2 && text.split('/').all(plain)
+    let (name, file) = match text.split_once(':') {
+        Some((name, file)) => (name, Some(file)),
+        None => (text, None),
+    };
+    let fits = name.len() <= 96 && name.split('/').count() <= 2 && name.split('/').all(plain);
+    fits && file.is_none_or(plain)
 }
 
 #[cfg(test)]
@@ -170,7 +191,12 @@ mod tests {
 
     #[test]
     fn a_path_is_no_repository() {
-        for name in ["gpt2", "meta-llama/Llama-3.2-1B", "bigscience/bloom-560m"] {
+        for name in [
+            "gpt2",
+            "meta-llama/Llama-3.2-1B",
+            "bigscience/bloom-560m",
+            "org/m-GGUF:Q4_K_M",
+        ] {
             assert!(is_repository(name), "{name}");
         }
         for path in [
@@ -184,6 +210,9 @@ mod tests {
             "m/",
             "~/m",
             "org/m@v1",
+            "org/m:",
+            "org/m:a/b",
+            "C:/m",
         ] {
             assert!(!is_repository(path), "{path}");
         }

@@ -8,7 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-from kvrun import models  # noqa: F401  (importing the package registers every family)
+from kvrun import (
+    gguf,
+    models,  # noqa: F401  (importing the package registers every family)
+)
 from kvrun.quant import registry as formats
 from kvrun.spec import registry
 from ragged import WORLDS
@@ -55,6 +58,8 @@ def table() -> str:
         "",
         f"Weights: float32, bfloat16, float16; read as published: {', '.join(stored)}; "
         f"made while loading by `--quantize`: {', '.join(made)}.",
+        "",
+        f"GGUF files of the architectures {', '.join(gguf.known())}.",
     ]
     return "\n".join(lines) + "\n"
 

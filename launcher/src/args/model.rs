@@ -9,7 +9,8 @@ use clap::{Args, ValueEnum};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct Model {
-    /// A folder, or the name of a repository on the hub, such as `meta-llama/Llama-3.2-1B`
+    /// A folder, a GGUF file, or the name of a repository on the hub, such as `meta-llama/Llama-3.2-1B`; `name:Q4_K_M`
+    /// for one GGUF file of several
     #[arg(long, env, hide_env_values = true)]
     pub model_id: Option<String>,
 
@@ -47,6 +48,10 @@ pub struct Model {
     /// How the weights are quantized
     #[arg(long, env, value_enum)]
     pub quantize: Option<Quantize>,
+
+    /// Number format of what is multiplied with quantized weights [default: that of --dtype]
+    #[arg(long, env, value_enum)]
+    pub activation_dtype: Option<ActivationDtype>,
 }
 
 /// How the model is spread over processes.
@@ -103,6 +108,15 @@ pub enum KvCacheDtype {
     Int8,
 }
 
+/// Number format of what is multiplied with quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActivationDtype {
+    /// That of the activations.
+    Auto,
+    /// 8-bit integers and a scale for each group of inputs: faster and not exact, for weights of integer codes
+    Int8,
+}
+
 /// How the weights are quantized; the names are those of text-generation-inference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantize {
@@ -116,6 +130,7 @@ pub enum Quantize {
     BitsandbytesNf4,
     BitsandbytesFp4,
     Fp8,
+    Gguf,
     /// kv.run's own, made at load: a scale for each output
     Int8,
     /// kv.run's own, made at load: a scale for each 32 inputs
@@ -132,4 +147,4 @@ macro_rules! named_as_on_the_command_line {
         }
     )+};
 }
-named_as_on_the_command_line!(Dtype, KvCacheDtype, Quantize);
+named_as_on_the_command_line!(Dtype, KvCacheDtype, ActivationDtype, Quantize);
