@@ -135,8 +135,8 @@ def test_a_row_whose_scores_are_not_numbers_fails_alone_and_until_released(engin
     model, driver = ranks.engines[0].model, Driver(ranks.step)
     forward, poisoned = type(model).forward, []
 
-    def sick(self, batch, kv):
-        logits = forward(self, batch, kv)
+    def sick(self, batch, kv, recorded):
+        logits = forward(self, batch, kv, recorded)
         if len(poisoned) == 0 and len(logits) == 3:
             logits[1, 5] = math.nan
             poisoned.append(True)

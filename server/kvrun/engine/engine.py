@@ -25,6 +25,7 @@ from kvrun.errors import ImageError, ProtocolError
 from kvrun.lora.adapter import targets
 from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.loaded import LoadedModel
+from kvrun.nn.recorded import RecordedSteps
 from kvrun.state.pages import stored_name, stored_type
 from kvrun.state.pool import Pool
 
@@ -53,6 +54,7 @@ class Engine:
         self._group = group
         self._budget = budget
         self._pool: Pool | None = None
+        self._recorded: RecordedSteps | None = None  # steps over the pool
         self._sequences: SequenceTable | None = None
         # A budget that holds no page or no state is an error of the start, not of the first epoch.
         budget.pages(0, self.page_bytes, 0, 1, model.slot_bytes)
@@ -118,9 +120,10 @@ class Engine:
         pool, slots = self._pool, sequences if self.model.slot_shapes else 0
         # A pool of the size asked for is kept: allocating it again would touch every page of it.
         if pool is None or pool.slots.slots != slots or (pages and pages != pool.kv.pages):
-            self._pool = pool = None  # before the next one, so that both never exist at once
+            self._pool = self._recorded = pool = None  # before the next one, so that both never exist at once
             granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences, slots, self.model.slot_bytes)
             self._pool = pool = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype, slots)
+            self._recorded = self.model.recorded(pool)
         granted = self._budget.adapters(adapter_bytes)
         self.adapters.reset(granted)
         self._limits, self._number = (step_tokens, sequences), 0
@@ -156,7 +159,7 @@ class Engine:
         outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
         logits = None
         if live:
-            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._pool)
+            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._pool, self._recorded)
         computed = time.perf_counter_ns()
         outcomes |= self._choose(live, logits)
         rows = [] if self._group.rank else [outcomes[row.sequence] for row in step.rows]

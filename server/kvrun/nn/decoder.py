@@ -13,6 +13,7 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.linear import LinearDelta
 from kvrun.nn.positions import RotaryTable
+from kvrun.nn.recorded import RecordedSteps
 from kvrun.nn.residual import PostNorm, Residual
 from kvrun.nn.step import ForwardStep, Reader, RecurrentStep
 from kvrun.state.pool import Pool
@@ -29,24 +30,32 @@ class Decoder:
     rotaries: tuple[RotaryTable, ...]
     wide: bool = False  # residuals add up in float32
 
-    def forward(self, batch: ForwardBatch, pool: Pool) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, pool: Pool, recorded: RecordedSteps | None = None) -> Tensor | None:
         """Compute the batch's tokens, leave their keys, values and states in the pool.
 
         Returns the wanted logits [S, vocabulary] float32 on rank 0, None elsewhere.
         """
         for rotary in self.rotaries:
             rotary.reach(int(batch.contexts.max()))
-        rows, slots, recurrent = batch.recurrent, pool.slots, None
-        if rows is not None:
-            recurrent = RecurrentStep(batch.query_start, rows.slots, rows.fresh, slots.layers)
-        step = ForwardStep(batch.positions, self.attention.plan(batch, pool.kv), batch.lora, recurrent, batch.long)
+        step = self.step(batch, pool)
         x = self.embed(batch.ids, step)
         if batch.splice is not None:
             x[batch.splice.tokens] = batch.splice.rows
         x = x.float() if self.wide else x
-        for residual in self.residuals:
-            residual(x, step)
+        found = None if recorded is None else recorded.layers(x, batch)
+        if found is None:
+            for residual in self.residuals:
+                residual(x, step)
+        else:
+            x = found
         return self.head(x[batch.wanted], batch.wanted, batch.lora)
+
+    def step(self, batch: ForwardBatch, pool: Pool) -> ForwardStep:
+        """What the layers are told of a batch."""
+        rows, slots, recurrent = batch.recurrent, pool.slots, None
+        if rows is not None:
+            recurrent = RecurrentStep(batch.query_start, rows.slots, rows.fresh, slots.layers)
+        return ForwardStep(batch.positions, self.attention.plan(batch, pool.kv), batch.lora, recurrent, batch.long)
 
     def remember(self, readers: Sequence[Reader], features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
         """Have mixers keep keys and values of what they will look at, in these slots of their layers' pages."""

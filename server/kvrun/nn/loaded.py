@@ -11,6 +11,7 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear, LinearDelta
+from kvrun.nn.recorded import RecordedSteps
 from kvrun.nn.step import Reader
 from kvrun.nn.vision.sight import Sight
 from kvrun.spec import Config, Model
@@ -58,6 +59,10 @@ class LoadedModel:
             Slots(self.slot_shapes, sequences if self.slot_shapes else 0, self.dtype, self.device),
         )
 
+    def recorded(self, pool: Pool) -> RecordedSteps:
+        """Room for the recordings of steps over a pool."""
+        return RecordedSteps(self.decoder, pool, self.positions)
+
     @property
     def long_after(self) -> int:
         """Sequences that may come to more tokens than this are computed as long ones from the first; 0 = none is."""
@@ -73,9 +78,12 @@ class LoadedModel:
         return page_bytes(self.page_shapes, page_tokens, dtype or self.dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, pool: Pool) -> Tensor | None:
-        """Logits of the wanted tokens, [S, vocabulary] float32, on rank 0; None elsewhere. Every rank must call it alike."""
-        return self.decoder.forward(batch, pool)
+    def forward(self, batch: ForwardBatch, pool: Pool, recorded: RecordedSteps | None = None) -> Tensor | None:
+        """Logits of the wanted tokens, [S, vocabulary] float32, on rank 0; None elsewhere. Every rank must call it alike.
+
+        `recorded`: what steps over this pool left to be made again.
+        """
+        return self.decoder.forward(batch, pool, recorded)
 
     @torch.inference_mode()
     def encode(self, batch: ForwardBatch, pool: Pool) -> None:

@@ -22,7 +22,7 @@ class RotaryTable:
     def __init__(self, rope: Rope) -> None:
         self._style = rope.style
         self._rotations = rotations(rope)
-        self._rows = 0  # of each table; that of long sequences lies below that of short ones
+        self.rows = 0  # of each table; that of long sequences lies below that of short ones
         self._cos = self._sin = torch.empty(0)
         self.reach(FIRST_ROWS)
         # Sequences that may come to more tokens than this are long; 0 = none is.
@@ -30,10 +30,10 @@ class RotaryTable:
 
     def reach(self, positions: int) -> None:
         """Have rows for at least this many positions."""
-        if positions <= self._rows:
+        if positions <= self.rows:
             return
-        self._rows = 1 << (positions - 1).bit_length()
-        steps = torch.arange(self._rows, dtype=torch.float32)[:, None]
+        self.rows = 1 << (positions - 1).bit_length()
+        steps = torch.arange(self.rows, dtype=torch.float32)[:, None]
         angles = [(steps * frequencies, scale) for frequencies, scale in self._rotations]
         self._cos = torch.cat([angle.cos() * scale for angle, scale in angles])
         self._sin = torch.cat([angle.sin() * scale for angle, scale in angles])
@@ -44,7 +44,7 @@ class RotaryTable:
         q [T, heads, dim] · k [T, kv_heads, dim] · positions [T] int32 · long [T] bool, None = nowhere
         """
         if long is not None and self.long_after:
-            positions = torch.where(long, positions + self._rows, positions)
+            positions = torch.where(long, positions + self.rows, positions)
         ops.rope_(q, k, positions, self._cos, self._sin, style=self._style)
 
 
