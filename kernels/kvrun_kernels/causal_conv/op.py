@@ -62,7 +62,10 @@ def causal_conv(
     """
     _check(x, weight, state, act)
     run = _kernel.run
-    native = on_cpu(x, weight, state, bias) and weight.is_contiguous() and state.is_contiguous() and fresh.dtype == torch.bool
+    plain = weight.is_contiguous() and state.is_contiguous() and fresh.dtype == torch.bool
+    if plain and (gpu := _kernel.triton(x, weight, bias)):
+        return gpu.causal_conv(x, weight, bias, query_start, slots, fresh, state, act)
+    native = plain and on_cpu(x, weight, state, bias)
     native = native and query_start.dtype == slots.dtype == torch.int32 and (bias is None or bias.dtype == weight.dtype)
     if run is None or not native:
         return reference(x, weight, bias, query_start, slots, fresh, state, act)

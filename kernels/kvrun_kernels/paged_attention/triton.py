@@ -153,10 +153,12 @@ def paged_attention(
         return out
     few = tokens <= 2 * sequences
     wide = up_to_power(dim, 16)
-    block_m = up_to_power(group, 16, 64) if few else 64
+    # Sides that keep a program within its registers.
+    tall = max(16, min(64, 8192 // wide))
+    block_m = up_to_power(group, 16, tall) if few else tall
     held_heads = min(group, block_m)
     of_tokens = block_m // held_heads
-    block_n = max(16, min(64, 8192 // wide))
+    block_n = max(16, tall // 2) if FORMATS[pool.dtype] > 2 else tall
     grid = (tokens // of_tokens + sequences, kv_heads * triton.cdiv(group, held_heads))
     longest = page_table.shape[1] * page_tokens
     parts = max(1, min(triton.cdiv(PROGRAMS, grid[0] * grid[1]), longest // LEAST_CUT))
@@ -175,7 +177,8 @@ def paged_attention(
         q.stride(0), q.stride(1), page_table.stride(0), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap, cut,
         FORMAT=FORMATS[pool.dtype], WIDE=pool.dtype != q.dtype and FORMATS[pool.dtype] <= 2, PARTS=parts, REACH=reach is not None,
         SLOPES=slopes is not None, SINKS=sinks is not None, RELATIVE=relative is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
-        HEADS=held_heads, TOKENS=of_tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=wide, BLOCK_V=block_v, num_warps=4, num_stages=2,
+        HEADS=held_heads, TOKENS=of_tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=wide, BLOCK_V=block_v,
+        num_warps=8 if wide > 256 else 4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _join[(tokens * heads,)](

@@ -74,9 +74,11 @@ def selective_scan(
             f"{list(state.shape)} in {state.dtype} and {list(x.shape)}; cut them alike"
         )
     tables, run = (a, d, dt_bias, state), _kernel.run
-    native = on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
-    native = native and all(t.dtype == torch.float32 and t.is_contiguous() for t in tables)
-    native = native and query_start.dtype == slots.dtype == torch.int32 and fresh.dtype == torch.bool
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tables) and fresh.dtype == torch.bool
+    if plain and (gpu := _kernel.triton(x, dt, b, c, z, *tables)):
+        return gpu.selective_scan(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z)
+    native = plain and on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
+    native = native and query_start.dtype == slots.dtype == torch.int32
     if run is None or not native:
         return reference(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z)
     out = torch.empty(x.shape, dtype=x.dtype)

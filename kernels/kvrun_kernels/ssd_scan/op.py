@@ -86,10 +86,12 @@ def ssd_scan(
     if heads % b.shape[1]:
         raise ValueError(f"{heads} heads over {b.shape[1]} groups; the first must be a multiple of the second")
     tables, run = (a, d, dt_bias, state), _kernel.run
-    native = on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
-    native = native and all(t.dtype == torch.float32 and t.is_contiguous() for t in tables)
-    native = native and all(t is None or t.stride(1) == t.shape[2] for t in (x, z, b, c))
-    native = native and query_start.dtype == slots.dtype == torch.int32 and fresh.dtype == torch.bool
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tables) and fresh.dtype == torch.bool
+    plain = plain and all(t is None or t.stride(1) == t.shape[2] for t in (x, z, b, c))
+    if plain and (gpu := _kernel.triton(x, dt, b, c, z, *tables)):
+        return gpu.ssd_scan(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z, least, most)
+    native = plain and on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
+    native = native and query_start.dtype == slots.dtype == torch.int32
     if run is None or not native:
         return reference(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z, least=least, most=most)
     out = torch.empty(x.shape, dtype=x.dtype)
