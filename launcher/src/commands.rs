@@ -84,6 +84,7 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
     if let Some(format) = settings.quantize {
         args.flag("--quantize", format.name());
     }
+    args.flag("--activation-dtype", settings.activation_dtype.name());
     args.flag("--num-threads", plan.threads.to_string());
     let kept = plan.kv_cache.bytes + plan.state_bytes;
     args.flag("--kv-cache-bytes", kept.to_string());
@@ -329,6 +330,7 @@ mod tests {
                 "--quantize=gptq",
                 "--dtype=bfloat16",
                 "--kv-cache-dtype=int8",
+                "--activation-dtype=int8",
             ],
             &[],
         );
@@ -338,7 +340,8 @@ mod tests {
         );
         assert!(line(&shard).starts_with(
             "serve /models/m --uds-path /run/kvrun-1/shard-1 --rank 1 --world-size 2 --rendezvous \
-             /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype int8 --quantize gptq"
+             /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype int8 --quantize gptq \
+             --activation-dtype int8"
         ));
         assert!(line(&router).starts_with(
             "--http-fd 5 --control-fd 6 --shard-uds-path /run/kvrun-1/shard --num-shard 2 --tokenizer-name /models/m"

@@ -8,7 +8,9 @@ use clap::ValueEnum;
 
 use crate::adapters::{self, AdapterRequest};
 use crate::args::compat::Fate;
-use crate::args::{Args, Dtype, Environment, KvCacheDtype, Limits, Operation, Quantize, Secret};
+use crate::args::{
+    ActivationDtype, Args, Dtype, Environment, KvCacheDtype, Limits, Operation, Quantize, Secret,
+};
 use crate::failure::Failure;
 
 /// A checked set of flags.
@@ -22,6 +24,7 @@ pub struct Settings {
     pub dtype: Dtype,
     pub kv_cache_dtype: KvCacheDtype,
     pub quantize: Option<Quantize>,
+    pub activation_dtype: ActivationDtype,
     /// Number of model processes.
     pub shards: u32,
     pub num_threads: Option<u32>,
@@ -117,6 +120,7 @@ impl Settings {
             dtype: model.dtype.unwrap_or(Dtype::Auto),
             kv_cache_dtype: model.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             quantize,
+            activation_dtype: model.activation_dtype.unwrap_or(ActivationDtype::Auto),
             shards: shards.unwrap_or(1),
             num_threads: sharding.num_threads,
             kv_cache_bytes: sharding.kv_cache_bytes,

@@ -105,6 +105,7 @@ FAILURES = {
     "unknown architecture": (_broken(lambda at: _edit(at, architectures=["NoSuchModel"])), [], 10),
     "no weights": (_broken(lambda at: (at / "model.safetensors").unlink()), [], 11),
     "short weights": (_broken(lambda at: (at / "model.safetensors").write_bytes(b"\0" * 40)), [], 11),
+    "nothing to round": (_broken(lambda at: None), ["--activation-dtype", "int8"], 10),
     "no room for a page": (_broken(lambda at: None), ["--kv-cache-bytes", "100"], 12),
 }
 

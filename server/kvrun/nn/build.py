@@ -28,7 +28,7 @@ from kvrun.nn.residual import Branch, PostNorm, Residual
 from kvrun.nn.step import Mixer
 from kvrun.nn.vision.build import build_sight
 from kvrun.nn.vision.sight import Sight
-from kvrun.quant import CodedLinear, DenseLinear, LinearFormat, QuantizedLinear, choose
+from kvrun.quant import CodedLinear, Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.quant import build as build_weight
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
@@ -42,6 +42,7 @@ from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, pla
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
+ROUNDED = "--activation-dtype int8 rounds what is multiplied with integer codes"
 PEFT_HEAD = "lm_head"  # what transformers calls any model's head, whatever its published files call it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,11 +74,16 @@ def load_model(
     loader.audit(plan, weights, model.leftovers)
     chosen = _dtype(dtype, config, checkpoint)
     _refuse_narrow(chosen, model)
-    build = _Build(model, plan, loader, weights, chosen, group, activation_dtype == "int8")
+    rounded = activation_dtype == "int8"
+    if rounded and isinstance(weights, Dense):
+        raise Unsupported(f"{ROUNDED}, and nothing is quantized; leave it out, or add --quantize int8 or int4")
+    build = _Build(model, plan, loader, weights, chosen, group, rounded)
     decoder = build.decoder()
     encoder = build.encoder(decoder.embed)
     sight = build.sight()
     checkpoint.close()
+    if rounded and not any(linear.weight.rounded for linear in build.linears):
+        raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")
     vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
         spec=model,
@@ -98,7 +104,7 @@ def load_model(
         device=device,
         quantize=method(quantize, stored),
         weight_bytes=build.elements * chosen.itemsize - sum(build.saved),
-        parameters=sum(entry.parameters for entry in checkpoint.entries.values()),
+        parameters=plan_model(model, Split()).elements,
         digest=checkpoint.digest,
     )
 

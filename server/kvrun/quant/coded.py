@@ -27,6 +27,11 @@ class CodedLinear:
         """See QuantizedLinear."""
         return self.packed.nbytes
 
+    @property
+    def rounded(self) -> bool:
+        """See QuantizedLinear."""
+        return self._rounded and self.packed.integers
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
         return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias, rounded=self._rounded)
@@ -58,6 +63,11 @@ class Stacked:
     def nbytes(self) -> int:
         """See QuantizedLinear."""
         return sum(part.nbytes for part in self._parts)
+
+    @property
+    def rounded(self) -> bool:
+        """See QuantizedLinear."""
+        return any(part.rounded for part in self._parts)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""

@@ -34,6 +34,8 @@ class Dense:
 class DenseLinear:
     """A packed weight."""
 
+    rounded = False
+
     def __init__(self, weight: Tensor) -> None:
         """weight [out, in]; not kept beside its packed form."""
         self.packed = ops.pack_linear(weight.contiguous())

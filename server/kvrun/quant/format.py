@@ -21,6 +21,10 @@ class QuantizedLinear(Protocol):
     def nbytes(self) -> int:
         """Bytes held."""
 
+    @property
+    def rounded(self) -> bool:
+        """Whether some of what it multiplies is rounded to 8 bits first."""
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> x @ dense().T + bias, [T, out], in x's dtype."""
 
