@@ -40,9 +40,13 @@ class Batch:
         return found
 
 
-@pytest.mark.parametrize("q_heads,kv_heads,dim", ((1, 1, 8), (6, 2, 20), (71, 1, 16)))
+@pytest.mark.parametrize("q_heads,kv_heads,dim", ((1, 1, 8), (6, 2, 20)))
 def test_heads_and_dimensions(device, dtype, q_heads, kv_heads, dim, close):
     Batch((1, 21, 1), (70, 40, 1), q_heads, kv_heads, dim, dtype=dtype).check(close)
+
+
+def test_more_heads_than_a_tile_has_rows(device, close):
+    Batch((1, 2), (9, 20), q_heads=71, kv_heads=1).check(close)
 
 
 @pytest.mark.parametrize("page_tokens", (1, 7, 64))
