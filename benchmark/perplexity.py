@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""What each weight format that is made at load costs the demo model: perplexity of held-out text, beside bfloat16.
+"""What each weight format costs the demo model: perplexity of held-out text, beside bfloat16.
 
-    perplexity.py [--documents 200]
+    perplexity.py [--documents 200] [--stored FOLDER ...]
 
-The text comes from the demo's own grammar with a seed that its training never used.
+Without --stored it is every format that is made at load, and the integer ones with activations of 8 bits too; with it, folders that
+`text-generation-server quantize` wrote of the demo model. The text comes from the
+demo's own grammar with a seed that its training never used.
 """
 
 import argparse
@@ -58,15 +60,20 @@ def main() -> None:
     """Print a table, the formats in the order of their names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=200)
-    documents = held_out(parser.parse_args().documents)
+    parser.add_argument("--stored", type=Path, nargs="+", default=[], help="quantized versions of the demo model")
+    args = parser.parse_args()
+    documents = held_out(args.documents)
     tokens = sum(len(ids) - 1 for ids in documents)
     print(f"{len(documents)} documents, {tokens} tokens\n\n| weights | MB held | perplexity | beside bfloat16 |\n|---|---|---|---|")
     base = 0.0
-    for name in (None, *registry.names()[1]):
-        model = load_model(DEMO / "model", dtype="bfloat16", quantize=name)
+    made = [] if args.stored else [(name, DEMO / "model", name, "auto") for name in registry.names()[1]]
+    made += [] if args.stored else [(f"{name}, activations of 8 bits", DEMO / "model", name, "int8") for name in ("int8", "int4")]
+    stored = [(folder.name, folder, None, "auto") for folder in args.stored]
+    for name, folder, quantize, activations in (("bfloat16", DEMO / "model", None, "auto"), *made, *stored):
+        model = load_model(folder, dtype="bfloat16", quantize=quantize, activation_dtype=activations)
         perplexity = math.exp(sum(surprise(model, ids) for ids in documents) / tokens)
         base = base or perplexity
-        print(f"| {name or 'bfloat16'} | {model.weight_bytes / 1e6:.2f} | {perplexity:.4f} | {perplexity / base:.4f} |", flush=True)
+        print(f"| {name} | {model.weight_bytes / 1e6:.2f} | {perplexity:.4f} | {perplexity / base:.4f} |", flush=True)
 
 
 if __name__ == "__main__":
