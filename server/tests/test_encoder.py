@@ -27,11 +27,10 @@ from kvrun.spec import (
     model_of,
 )
 from ragged import Runner
-from tiny import ROWS, oracle_model
+from tiny import CLOSE, ROWS, distance, oracle_model
 from tiny.t5 import T5
 from wire import group
 
-CLOSE = 1e-3  # of the logits' standard deviation
 COUNT = 24
 START = T5["decoder_start_token_id"]
 # Lengths within a page, at its end, and past the distance at which biases of positions end.
@@ -282,7 +281,7 @@ def difference(folder, change=lambda batch: batch) -> float:
     model = oracle_model(folder)
     with torch.inference_mode():
         reference = torch.cat([ROWS["t5"].logits(model, torch.tensor([ids]))[0] for ids in asked])
-    return ((logits - reference).abs().max() / reference.std()).item()
+    return distance(logits, reference)
 
 
 def test_the_comparison_sees_a_source_whose_tokens_see_none_after_them(checkpoint):

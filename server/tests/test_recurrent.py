@@ -18,12 +18,11 @@ from kvrun.nn.build import load_model
 from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.spec import Config, Model, Residual, model_of
 from ragged import Runner
-from tiny import oracle
+from tiny import CLOSE, distance, oracle
 from wire import group
 
 # Without it torch's own functions serve, which round otherwise at the end of a tensor than within.
 NATIVE = kvrun_kernels.describe().get("ssd_scan", "reference") != "reference"
-CLOSE = 1e-3  # of the logits' standard deviation
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 2, 9, 30, 61)]
 
 
@@ -227,8 +226,7 @@ def test_the_comparison_sees(mutation, checkpoint, monkeypatch):
     runner = Runner()
     runner.load(checkpoint(row))
     logits = runner.step(list(enumerate(PROMPTS)))
-    reference = torch.cat(oracle(checkpoint(row), PROMPTS))
-    assert ((logits - reference).abs().max() / reference.std()).item() > CLOSE
+    assert distance(logits, torch.cat(oracle(checkpoint(row), PROMPTS))) > CLOSE
 
 
 SLIPS = {
@@ -250,5 +248,4 @@ def test_the_comparison_sees_a_slip_in_a_module(row, slip, checkpoint):
         branch = residual.branches[0]
         object.__setattr__(residual, "branches", (replace(branch, mixers=tuple(map(SLIPS[slip], branch.mixers))),))
     logits = runner.step(list(enumerate(PROMPTS)))
-    reference = torch.cat(oracle(checkpoint(row), PROMPTS))
-    assert ((logits - reference).abs().max() / reference.std()).item() > CLOSE
+    assert distance(logits, torch.cat(oracle(checkpoint(row), PROMPTS))) > CLOSE

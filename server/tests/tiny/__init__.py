@@ -12,6 +12,9 @@ from pkgutil import iter_modules
 
 import torch
 
+from tiny.row import ADAPTED as ADAPTED
+from tiny.row import CLOSE as CLOSE
+from tiny.row import TIE as TIE
 from tiny.row import VOCABULARY as VOCABULARY
 from tiny.row import Row
 
@@ -33,7 +36,7 @@ def write_checkpoint(row: str, folder: Path, edit: Callable[[dict], dict] = lamb
     asked, folder = ROWS[row], Path(folder)
     torch.manual_seed(0)  # for what `randomise` adds to in place of drawing it
     model = auto(asked).from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
-    randomise(model)
+    randomise(model, asked.seed)
     asked.adjust(model)
     model.save_pretrained(folder, **save)
     if asked.published is not None:
@@ -105,3 +108,19 @@ def oracle(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
     model, logits = oracle_model(folder), row_of(folder).logits
     with torch.inference_mode():
         return [logits(model, torch.tensor([ids]))[0] for ids in prompts]
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference of two tensors, in standard deviations of the second."""
+    return ((logits - reference).abs().max() / reference.std()).item()
+
+
+def behind(logits: torch.Tensor, answer: list[int], barred: tuple[int, ...] = ()) -> float:
+    """How far below the likeliest token an answer's lies at the worst place, in standard deviations; 0 = the greedy answer.
+
+    logits [tokens, vocabulary], of which those before the answer's last tell its tokens · barred: ids that none may be
+    """
+    scores = logits[-len(answer) - 1 : -1]
+    ids = torch.arange(scores.shape[1])
+    likeliest = scores.masked_fill(torch.isin(ids, torch.tensor(barred, dtype=ids.dtype)), float("-inf")).amax(-1)
+    return ((likeliest - scores.gather(1, torch.tensor(answer)[:, None])[:, 0]).max() / scores.std()).item()

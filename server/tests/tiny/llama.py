@@ -7,11 +7,11 @@ YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
 
 ROWS = {
     "llama": Row("llama", LLAMA),
-    "llama_tied": Row("llama", {**LLAMA, **LLAMA3, "tie_word_embeddings": True}),
+    "llama_tied": Row("llama", {**LLAMA, **LLAMA3, "tie_word_embeddings": True}, seed=5),
     "llama_multi_head": Row("llama", {**LLAMA, "num_key_value_heads": 4, "head_dim": 24}),
     "llama_biased": Row("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_size": 96, "num_attention_heads": 6}),
     "llama_linear": Row("llama", {**LLAMA, **rope("linear", factor=2.0)}),
-    "llama_yarn": Row("llama", {**LLAMA, **YARN}),
+    "llama_yarn": Row("llama", {**LLAMA, **YARN}, seed=5),
     "llama_dynamic": Row("llama", {**LLAMA, **rope("dynamic", factor=2.0)}),
     "mistral": Row("mistral", {**LLAMA, "sliding_window": 8, "head_dim": 16}),
     "qwen2": Row("qwen2", LLAMA),

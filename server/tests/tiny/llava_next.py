@@ -50,6 +50,7 @@ ROWS = {
     "llava_next_llama": Row(
         "llava_next",
         {**LLAVA, "text_config": {**TEXT, "model_type": "llama"}, "vision_feature_layer": -1, "multimodal_projector_bias": False},
+        seed=3,
         **SEEING,
         **OWN,
     ),

@@ -14,6 +14,13 @@ LLAMA = {**COMMON, **SHAPE, "num_key_value_heads": 2, "intermediate_size": 96, "
 # What an encoder reads where a test says nothing else.
 SOURCE = [17, 203, 5, 96, 140, 31, 8, 250, 77, 12, 64, 199, 3, 45, 120, 88, 231, 19, 57]
 
+# How far logits in float32 may lie from transformers', in standard deviations of the latter: rounding, and nothing else.
+CLOSE = 1e-4
+# The same with random adapters on top, which make scores larger still, and rounding of them with it.
+ADAPTED = 1e-3
+# How much likelier transformers may find another token than a greedy answer's: what both may be off by.
+TIE = 2 * CLOSE
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -23,6 +30,9 @@ class Row:
 
     kind: str  # transformers' model type
     config: dict
+    # Of its weights. Scores as large as these weights make them come so close to each other in some draws that the last
+    # bit of a float32 decides between two keys or two experts, in transformers as here; those draws are passed over.
+    seed: int = 0
     # From transformers' config and tensors to those of the published checkpoints, where the two differ.
     published: Callable[[dict, Tensors], tuple[dict, Tensors]] | None = None
     attention: str = "eager"  # the implementation that computes the truth
