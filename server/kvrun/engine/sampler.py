@@ -6,6 +6,7 @@ reduction runs along one row in one order, and elementwise arithmetic uses only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,16 +43,18 @@ def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[TokenL
     logprobs = torch.log_softmax(logits, dim=-1)
     # From the logits: two different logits may round to one log-probability.
     ids = logits.argmax(dim=-1)
+    drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
     # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
-    sound = (~logprobs[:, 0].isnan()).tolist()
-    drawn = [row for row, choice in enumerate(choices) if sound[row] and not choice.sampling.greedy]
+    drawn = [row for row in drawn if not math.isnan(logprobs[row, 0])]
     if drawn:
         mixed = len(drawn) < len(choices)
         ids[drawn] = draw(logits[drawn] if mixed else logits, [choices[row] for row in drawn])
-    picked = logprobs.gather(1, ids[:, None])[:, 0]
-    tops = alternatives(logprobs, [c.sampling.top_logprobs if ok else 0 for c, ok in zip(choices, sound, strict=True)])
-    rows = zip(sound, ids.tolist(), picked.tolist(), tops, strict=True)
-    return [TokenLogprob(token, logprob, top) if ok else None for ok, token, logprob, top in rows]
+    picked = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    tops = alternatives(
+        logprobs, [0 if math.isnan(logprob) else c.sampling.top_logprobs for c, logprob in zip(choices, picked, strict=True)]
+    )
+    rows = zip(ids.tolist(), picked, tops, strict=True)
+    return [None if math.isnan(logprob) else TokenLogprob(token, logprob, top) for token, logprob, top in rows]
 
 
 def adjust(logits: Tensor, choices: Sequence[Choice]) -> None:
