@@ -114,6 +114,7 @@ def main() -> None:
             file = args.out / f"{scenario.name}.json"
             fresh = not (args.add and file.exists())
             result = Result(scenario.name, args.shape, describe(), state()) if fresh else Result.load(file)
+            result.state = ", ".join(dict.fromkeys([*result.state.split(", "), state()]))
             measure(result, scenario, scenario.rows(model, peers), pool, limits, args.turns)
             result.save(args.out)
             print(section(scenario, result), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,9 @@ class Vllm:
         return command
 
     def environment(self, setup: Setup) -> dict[str, str]:
-        """Both of two cores compute: by default it would keep one for itself."""
+        """Both of two cores compute: by default it would keep one for itself. Its compiler's tools lie beside its program."""
         return {
+            "PATH": os.pathsep.join([str(self.program.parent), os.environ.get("PATH", "")]),
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, -(-setup.kv_bytes // (1 << 30)))),

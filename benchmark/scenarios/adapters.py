@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def warm(server: Running, adapters: Sequence[Path | None]) -> None:
     """One short answer of each adapter."""
     for adapter in adapters:
         together(server.url, [body(prompt(16, "warm", str(adapter)), 4, **server.peer.naming(server.setup, adapter))])
+
+
+def settle(server: Running) -> None:
+    """Wait until the server rests, at most five minutes: it may be loading adapters after it became healthy."""
+    for _ in range(150):
+        before = server.cpu_s()
+        time.sleep(2)
+        if server.cpu_s() - before < 0.1:
+            return
 
 
 def cases(peer: Peer, setup: Setup, streams: int, named: dict[str, Sequence[Path | None]]) -> list[Row]:
@@ -76,7 +86,9 @@ def many(model: Model, peers: Sequence[Peer]) -> list[Row]:
 
     rows = {"4 adapters": lambda turn: adapters[:4], f"{MANY:,} adapters": chosen}
     return [
-        served(peer, setup, case, lambda s, turn, c=choose: ask(s, 32, turn, c(turn), REQUESTS), lambda s: warm(s, adapters[:4]))
+        served(
+            peer, setup, case, lambda s, turn, c=choose: ask(s, 32, turn, c(turn), REQUESTS), lambda s: (settle(s), warm(s, adapters[:4]))
+        )
         for peer in own(peers)
         for case, choose in rows.items()
     ]
