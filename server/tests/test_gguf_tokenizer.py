@@ -166,6 +166,18 @@ def test_pieces_are_merged_as_transformers_merges_them_with_the_same_file(filed)
             assert found.encode(text, add_special_tokens=False).ids == wanted.encode(text, add_special_tokens=False).ids, text
 
 
+def test_special_tokens_of_phi_3_take_the_blanks_after_them(tmp_path):
+    checkpoint, made = write_checkpoint("phi3", tmp_path / "phi3"), pieces(True)
+    made.save(str(checkpoint / "tokenizer.json"))
+    folder = served(checkpoint, tmp_path, **{"tokenizer.ggml.scores": scores(made)})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    assert ids("a<|turn|>\n b") == ids("a<|turn|>b") and ids("a<s>\n b") != ids("a<s>b")
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_way_to_cut_keeps_every_byte(name, filed):
     _, folder = filed(byte_level([GPT2], False), **{"ggml.pre": name, "ggml.add_bos_token": False})

@@ -11,6 +11,8 @@ from kvrun.gguf.splits import SPLITS, UNSAID, WHOLE_WORDS, Json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of tokens
 SPACE = "▁"
+# Phi 3 was trained with special tokens that take the blanks after them, but for these; no file says so.
+STRIPPED, UNSTRIPPED = ("phi3", "llama"), ("<unk>", "<s>", "<|endoftext|>")
 UNTRAINED = ("default", "")  # names of a split that say nothing
 
 
@@ -49,9 +51,10 @@ class Vocabulary:
     def added(self) -> list[Json]:
         """Tokens that are found in a text before it is cut: those that control, and those that a person defined."""
         named = {self.special(name) for name in ("bos", "eos", "eot", "eom", "padding")}
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        strips = (self.architecture, self.model) == STRIPPED
+        plain = {"single_word": False, "lstrip": False, "normalized": False}
         return [
-            {"id": id, "content": token, **plain, "special": self.types[id] != USER_DEFINED}
+            {"id": id, "content": token, **plain, "rstrip": strips and token not in UNSTRIPPED, "special": self.types[id] != USER_DEFINED}
             for token, id in self.ids.items()
             if self.types[id] in (CONTROL, UNKNOWN, USER_DEFINED) or token in named
         ]
