@@ -19,7 +19,9 @@ struct Widened {
     Floats x;
     explicit Spread(const float* from) : x(*from) {}
   };
+  static Sum start(const int32_t*) { return Sum::zero(); }
   static Floats add(Factor w, Spread x, Floats sum) { return fma(w, x.x, sum); }
+  static Floats counted(Sum sum) { return sum; }
 };
 
 // The entry of a table of 16 that bits [shift, shift + 4) of each lane name.
@@ -101,7 +103,9 @@ struct Dot {
     __m512bh x;
     explicit Spread(const uint32_t* from) : x((__m512bh)_mm512_set1_epi32(int(*from))) {}
   };
+  static Sum start(const int32_t*) { return Sum::zero(); }
   static Floats add(Factor w, Spread x, Floats sum) { return Floats::Raw(_mm512_dpbf16_ps(sum.raw, w, x.x)); }
+  static Floats counted(Sum sum) { return sum; }
 };
 
 // As Nibbles; the table holds 32 bfloat16, the second half as the first: the look-up reads five bits.
@@ -116,15 +120,19 @@ struct NibblesDot : Dot {
   }
 };
 
-// As Int8: every code is a bfloat16.
+constexpr int32_t uppers(int lane) { return (4 * lane + 1) | (4 * lane + 3) << 16; }
+constexpr Floats::Ints kUppers = {uppers(0), uppers(1), uppers(2),  uppers(3),  uppers(4),  uppers(5),  uppers(6),  uppers(7),
+                                  uppers(8), uppers(9), uppers(10), uppers(11), uppers(12), uppers(13), uppers(14), uppers(15)};
+
+// As Int8: every code is a bfloat16, the upper half of its float32.
 struct Int8Dot : Dot {
   static constexpr int inputs = 2, factors = 1, bytes = 2;
   __m512bh w;
   Int8Dot() = default;
   Int8Dot(const uint8_t* from, const float*) {
     const __m128i* at = (const __m128i*)from;
-    const auto widened = [](__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); };
-    w = _mm512_cvtne2ps_pbh(widened(_mm_loadu_si128(at + 1)), widened(_mm_loadu_si128(at)));
+    const auto widened = [](__m128i bytes) { return (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); };
+    w = (__m512bh)_mm512_permutex2var_epi16(widened(_mm_loadu_si128(at)), (__m512i)kUppers, widened(_mm_loadu_si128(at + 1)));
   }
   template <int>
   Factor factor(const float*) const {
@@ -175,12 +183,14 @@ struct Quads {
     Floats::Ints x;
     explicit Spread(const uint32_t* from) : x(Floats::Ints{} + int32_t(*from)) {}
   };
+  static Sum start(const int32_t* from) { return Sum{} + *from; }
   static Sum add(Factor w, Spread x, Sum sum) {
 #if defined(__AVX512F__)
     if constexpr (kVnni) return dot_vnni(sum, w, x.x);
 #endif
     return dot(sum, w, x.x);
   }
+  static Floats counted(Sum sum) { return Floats::Raw(__builtin_convertvector(sum, Floats::Raw)); }
 };
 
 template <bool kVnni>
@@ -221,7 +231,8 @@ struct Int8Quads : Quads<kVnni> {
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
     const Floats::Words lanes = (Floats::Words)_mm512_permutexvar_epi16((__m512i)kInterleaved, both);
 #else
-    const Floats::Words lanes = __builtin_convertvector(first, Floats::Words) | __builtin_convertvector(second, Floats::Words) << 16;
+    const auto widened = [](Halves halves) { return __builtin_convertvector(halves, Floats::Words); };
+    const Floats::Words lanes = widened(first) | widened(second) << 16;
 #endif
     words = lanes ^ 0x80808080u;
   }

@@ -147,6 +147,9 @@ inline float largest(Floats a) {
   return all[0];
 }
 
+// Into the second level of cache: the first has fewer misses under way at once than memory needs to stream.
+inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+
 // e^x to 2 units in the last place; exactly 0 below -87.3, finite up to 88.
 inline Floats exp(Floats x) {
   const auto low = x.raw < -87.3f;

@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 
 from kvrun_kernels import ops
-from kvrun_kernels.bench import Case
+from kvrun_kernels.bench import STEP, Case
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
 HELD = 192 << 20  # bytes of weights to go round, beyond any cache
@@ -36,6 +36,26 @@ def cases() -> Iterator[Case]:
                     beside=lambda x=x, theirs=theirs: ops.linear(x, next(theirs)),
                     dtype=torch.bfloat16,
                 )
+    yield from _steps()
+
+
+def _steps() -> Iterator[Case]:
+    most = torch.randint(-128, 128, (max(outputs for outputs, _ in STEP), max(inputs for _, inputs in STEP)), dtype=torch.int8)
+    for name, group, rounded in (("int8", None, False), ("int8", None, True), *(("int4", g, r) for g in (32, 128) for r in (False, True))):
+        step = []
+        for outputs, inputs in STEP:
+            codes = most[:outputs, :inputs] if group is None else most[:outputs, :inputs].view(torch.uint8) & 15
+            scales = torch.full((outputs, 1), 0.01) if group is None else torch.full((outputs, inputs // group), 0.01).half()
+            step.append(ops.pack_quantized(codes, scales, group=group))
+        for rows in (1, 8, 16, 32):
+            x = torch.randn(rows, most.shape[1]).bfloat16()
+            yield Case(
+                f"{name}{f' group {group}' if group else ''}{', inputs of 8 bits' if rounded else ''}, all of a step, rows={rows}",
+                lambda x=x, step=step, rounded=rounded: [ops.quantized_linear(x[:, : p.in_features], p, rounded=rounded) for p in step],
+                bytes=sum(packed.nbytes for packed in step),
+                flops=2 * rows * sum(outputs * inputs for outputs, inputs in STEP),
+                dtype=torch.bfloat16,
+            )
 
 
 def _copies(make):

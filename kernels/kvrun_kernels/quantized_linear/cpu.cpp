@@ -37,7 +37,7 @@ struct Call {
   const void *scales, *offsets;  // [panels][groups][kPanel]
   const float* table;
   const void* bias;
-  float zero;  // the code that stands for nothing, where codes are read without a sign
+  int32_t zero;  // the code that stands for nothing, where codes are read without a sign
   int64_t rows, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
 
   int64_t padded() const { return (inputs + kPad - 1) / kPad * kPad; }
@@ -59,6 +59,11 @@ inline Floats load_shift(const void* from, int64_t at) {
   return Floats::Raw(__builtin_convertvector(__builtin_convertvector(bytes, Floats::Ints), Floats::Raw));
 }
 
+inline Floats load_offset(const Call& call, int64_t at) {
+  if (call.offset_dtype != kShift) return load_as(call.offsets, call.offset_dtype, at);
+  return load_as(call.scales, call.scale_dtype, at) * load_shift(call.offsets, at);
+}
+
 template <int N, class F, int... I>
 inline __attribute__((always_inline)) void unrolled(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -70,84 +75,100 @@ constexpr int64_t vector_bytes() {
   return Floats::width * (S::rounds && S::inputs == 4 ? 2 : S::bytes);
 }
 
+// What a group's inputs amount to, for each row of a tile: [group][row of the tile].
+struct Totals {
+  float* inputs;    // their sum, where offsets need it
+  float* steps;     // where x is rounded to 8 bits: what one is worth
+  int32_t* starts;  // and what the sum of products begins with, so that codes count from `zero`
+
+  Totals from(int64_t at) const { return {inputs + at, steps + at, starts + at}; }
+};
+
 // Adds groups [first, last) to the sums [P][R][kPanel] of R rows and P adjacent panels. `codes` begins at group `first`.
 template <class S, int R, int P>
-void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typename S::X* x, const float* totals,
-          const float* steps, int64_t panel, int64_t first, int64_t last, float* sums) {
-  constexpr int V = vectors_at_once(R), lanes = Floats::width;
-  constexpr int64_t ahead = 2048;
+void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typename S::X* x, const Totals& totals,
+          int64_t panel, int64_t first, int64_t last, float* sums) {
+  // Vectors that pass side by side: of a panel, then of the one beside it.
+  constexpr int V = vectors_at_once(R), N = P * V, lanes = Floats::width;
+  // Beside the chains of a group, registers hold only the sums of a short tile.
+  constexpr bool kHeld = kWide && R * N <= 8;
+  constexpr int64_t ahead = 4096;
   const int64_t groups = call.groups();
   for (int part = 0; part < kVectors; part += V) {
     const uint8_t* w = codes + part * vector_bytes<S>();
     const typename S::X* at = x;
+    const auto place = [&](int r, int i) { return sums + (i / V * R + r) * kPanel + (part + i % V) * lanes; };
+    Floats held[R][N];
+    if constexpr (kHeld)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) held[r][i] = Floats::load(place(r, i));
+    const auto add = [&](int r, int i, Floats by, Floats value) {
+      if constexpr (kHeld)
+        held[r][i] = fma(by, value, held[r][i]);
+      else
+        fma(by, value, Floats::load(place(r, i))).store(place(r, i));
+    };
     for (int64_t g = first; g < last; g++) {
-      typename S::Sum s[P][R][V];
-      for (int p = 0; p < P; p++)
-        for (int r = 0; r < R; r++)
-          for (int v = 0; v < V; v++) s[p][r][v] = typename S::Sum{};
-      Floats scale[P][V];
-      for (int p = 0; p < P; p++)
-        for (int v = 0; v < V; v++) {
-          const int64_t column = ((panel + p) * groups + g) * kPanel + (part + v) * lanes;
-          scale[p][v] = load_as(call.scales, call.scale_dtype, column);
-          __builtin_prefetch((const uint8_t*)call.scales + (column + 8 * kPanel) * (call.scale_dtype ? 2 : 4));
-        }
+      const Totals mine = totals.from(g * R);
+      typename S::Sum s[R][N];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) s[r][i] = S::start(mine.starts + r);
       const int64_t loads = (call.group_end(g) - g * call.group) / S::inputs;
-      for (int64_t i = 0; i < loads; i++, w += kPanel * S::bytes, at += S::factors * R) {
+      for (int64_t load = 0; load < loads; load++, w += kPanel * S::bytes, at += S::factors * R) {
         // Past its end a panel's stream goes on behind those beside it.
         const uint8_t* next = w + ahead + (w + ahead >= codes + panel_bytes ? (P - 1) * panel_bytes : 0);
-        S held[P][V];
-        for (int p = 0; p < P; p++)
-          for (int v = 0; v < V; v++) {
-            const uint8_t* from = w + p * panel_bytes + v * vector_bytes<S>();
-            __builtin_prefetch(next + p * panel_bytes + v * lanes * S::bytes);
-            held[p][v] = S(from, call.table);
-          }
+        S loaded[N];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) {
+          prefetch(next + i / V * panel_bytes + i % V * lanes * S::bytes);
+          loaded[i] = S(w + i / V * panel_bytes + i % V * vector_bytes<S>(), call.table);
+        }
         unrolled<S::factors>(
             [&](auto step) {
               constexpr int J = decltype(step)::value;
-              typename S::Factor factor[P][V];
-              for (int p = 0; p < P; p++)
-                for (int v = 0; v < V; v++) factor[p][v] = held[p][v].template factor<J>(call.table);
+              typename S::Factor factor[N];
+#pragma GCC unroll 8
+              for (int i = 0; i < N; i++) factor[i] = loaded[i].template factor<J>(call.table);
 #pragma GCC unroll 12
               for (int r = 0; r < R; r++) {
                 const typename S::Spread value(at + J * R + r);
-#pragma GCC unroll 4
-                for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                  for (int v = 0; v < V; v++) s[p][r][v] = S::add(factor[p][v], value, s[p][r][v]);
+#pragma GCC unroll 8
+                for (int i = 0; i < N; i++) s[r][i] = S::add(factor[i], value, s[r][i]);
               }
             },
             std::make_integer_sequence<int, S::factors>{});
       }
-      for (int p = 0; p < P; p++)
-        for (int v = 0; v < V; v++) {
-          float* to = sums + p * R * kPanel + (part + v) * lanes;
-          for (int r = 0; r < R; r++) {
-            Floats sum, by = scale[p][v];
-            if constexpr (S::rounds) {
-              const Floats counted = Floats::Raw(__builtin_convertvector(s[p][r][v], Floats::Raw));
-              sum = fma(Floats(-call.zero), Floats(totals[g * R + r]), counted);
-              by = by * Floats(steps[g * R + r]);
-            } else {
-              sum = s[p][r][v];
-            }
-            fma(by, sum, Floats::load(to + r * kPanel)).store(to + r * kPanel);
-          }
-          if (call.offset_dtype == kNone) continue;
-          const int64_t column = ((panel + p) * groups + g) * kPanel + (part + v) * lanes;
-          const Floats offset = call.offset_dtype == kShift ? scale[p][v] * load_shift(call.offsets, column)
-                                                            : load_as(call.offsets, call.offset_dtype, column);
-          for (int r = 0; r < R; r++)
-            fma(offset, Floats(S::rounds ? totals[g * R + r] * steps[g * R + r] : totals[g * R + r]), Floats::load(to + r * kPanel)).store(to + r * kPanel);
-        }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) {
+        const int64_t column = ((panel + i / V) * groups + g) * kPanel + (part + i % V) * lanes;
+        const Floats scale = load_as(call.scales, call.scale_dtype, column);
+        prefetch((const uint8_t*)call.scales + (column + 8 * kPanel) * (call.scale_dtype ? 2 : 4));
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) add(r, i, S::rounds ? scale * Floats(mine.steps[r]) : scale, S::counted(s[r][i]));
+      }
+      if (call.offset_dtype == kNone) continue;
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) {
+        const Floats offset = load_offset(call, ((panel + i / V) * groups + g) * kPanel + (part + i % V) * lanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) add(r, i, offset, Floats(mine.inputs[r]));
+      }
     }
+    if constexpr (kHeld)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) held[r][i].store(place(r, i));
   }
 }
 
 template <class S>
-using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*, const float*, const float*, int64_t,
-                      int64_t, int64_t, float*);
+using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*, const Totals&, int64_t, int64_t, int64_t,
+                      float*);
 
 template <class S>
 struct Tiles {
@@ -162,13 +183,13 @@ struct Tiles {
 template <class S>
 constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
 
-// A slab of rows in its layout: x tile by tile, and the sum of each group's inputs where offsets or zeros need it.
+// A slab of rows in its layout, tile by tile.
 template <class X>
 struct Slab {
   Rows rows;
   int64_t row0;
   const X* x;
-  const float *totals, *steps;  // steps: what one is worth of x in 8 bits, where it is rounded to them
+  Totals totals;
 };
 
 // A task: adjacent panels against adjacent tiles.
@@ -187,12 +208,13 @@ void multiply(const Call& call, const Slab<typename S::X>& slab, int64_t first_p
     for (int64_t t = first_tile; t < last_tile; t++) {
       const int height = rows.height(t), pair = panels_at_once(height);
       const typename S::X* x = slab.x + rows.begin(t) * factors + load * S::factors * height;
-      const float *totals = slab.totals + rows.begin(t) * groups, *steps = slab.steps + rows.begin(t) * groups;
+      const Totals totals = slab.totals.from(rows.begin(t) * groups);
       float* to = sums + (t - first_tile) * kRows * across * kPanel;
       for (int64_t p = first_panel; p < last_panel;) {
         const int taken = last_panel - p >= pair ? pair : 1;
         const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
-        run(call, call.panels + p * call.panel_bytes() + load * kPanel * S::bytes, call.panel_bytes(), x, totals, steps, p, g, last, to);
+        const uint8_t* codes = call.panels + p * call.panel_bytes() + load * kPanel * S::bytes;
+        run(call, codes, call.panel_bytes(), x, totals, p, g, last, to);
         to += taken * height * kPanel;
         p += taken;
       }
@@ -226,7 +248,7 @@ void total(const Call& call, const T* row, int height, float* totals) {
 
 // A row in 8 bits, group by group: its largest magnitude is 127 steps.
 template <class S, class T>
-void round_row(const Call& call, const T* row, int height, uint32_t* to, float* totals, float* steps) {
+void round_row(const Call& call, const T* row, int height, uint32_t* to, const Totals& totals) {
   constexpr int lanes = Floats::width;
   for (int64_t g = 0; g < call.groups(); g++) {
     const int64_t begin = g * call.group, end = call.group_end(g), last = end < call.inputs ? end : call.inputs;
@@ -250,8 +272,9 @@ void round_row(const Call& call, const T* row, int height, uint32_t* to, float* 
       for (int i = 0; i < 4; i++) bytes[i] = codes[k - k % S::inputs + S::order[k % S::inputs + i]];
       memcpy(to + (begin + k) / 4 * height, bytes, 4);
     }
-    totals[g * height] = float(all);
-    steps[g * height] = top / 127.0f;
+    totals.steps[g * height] = top / 127.0f;
+    totals.inputs[g * height] = float(all) * totals.steps[g * height];
+    totals.starts[g * height] = -call.zero * all;
   }
 }
 
@@ -261,21 +284,23 @@ void run_slab(const Call& call, int64_t row0, int64_t count) {
   const Rows rows(count, kRows);
   const int64_t padded = call.padded(), factors = padded / S::inputs * S::factors, groups = call.groups();
   const bool offsets = call.offset_dtype != kNone;
-  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + 2 * count * groups * sizeof(float));
-  float *totals = (float*)(x + count * factors), *steps = totals + count * groups;
+  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + count * groups * (2 * sizeof(float) + sizeof(int32_t)));
+  float* tables = (float*)(x + count * factors);
+  const Totals totals{tables, tables + count * groups, (int32_t*)(tables + 2 * count * groups)};
   constexpr int64_t piece = 2048;
   const int64_t pieces = (padded + piece - 1) / piece;
   const auto prepare = [&](int64_t i) {
     const int64_t t = i / pieces, first = i % pieces * piece, last = first + piece < padded ? first + piece : padded;
     const T* from = (const T*)call.x + (row0 + rows.begin(t)) * call.stride;
     const int height = rows.height(t);
-    const int64_t tables = rows.begin(t) * groups;
+    const Totals mine = totals.from(rows.begin(t) * groups);
     if constexpr (S::rounds) {
       for (int r = 0; r < height && first == 0; r++)
-        round_row<S>(call, from + r * call.stride, height, x + rows.begin(t) * factors + r, totals + tables + r, steps + tables + r);
+        round_row<S>(call, from + r * call.stride, height, x + rows.begin(t) * factors + r, mine.from(r));
     } else {
       lay_out<kRows>(x + rows.begin(t) * factors, from, call.stride, height, first, last, call.inputs);
-      for (int r = 0; r < height && offsets && first == 0; r++) total(call, from + r * call.stride, height, totals + tables + r);
+      for (int r = 0; r < height && offsets && first == 0; r++)
+        total(call, from + r * call.stride, height, mine.inputs + r);
     }
   };
   // Waking the others costs more than a few short rows.
@@ -284,7 +309,7 @@ void run_slab(const Call& call, int64_t row0, int64_t count) {
   else
     parallel_for(rows.tiles * pieces, prepare);
 
-  const Slab<X> slab{rows, row0, x, totals, steps};
+  const Slab<X> slab{rows, row0, x, totals};
   const int64_t panels = (call.outputs + kPanel - 1) / kPanel, enough = 8 * thread_count();
   int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
   while (group > 1 && panels < group * enough) group /= 2;
@@ -348,8 +373,9 @@ KVRUN_OP(quantized_linear)
  int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form, int64_t scale_dtype,
  int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t arithmetic) {
   using namespace kvrun;
-  Call call{out, x, (const uint8_t*)panels, scales, offsets, (const float*)table, bias, form == kInt8 ? 128.0f : -((const float*)table)[0], rows, outputs, inputs,
-            stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  Call call{out,  x,       (const uint8_t*)panels, scales, offsets, (const float*)table, bias,         0,       rows,
+            outputs, inputs, stride,                 group,  form,    scale_dtype,         offset_dtype, x_dtype, bias_dtype};
+  call.zero = form == kInt8 ? 128 : -int32_t(call.table[0]);
   if (arithmetic == kRounded) return run_rounded(call);
 #if defined(__AVX512BF16__)
   if (x_dtype == 1 && arithmetic == kBfloat16) {

@@ -51,8 +51,8 @@ class PackedQuantized:
         self.table = table  # [16] float32
         self.out_features, self.in_features = shape
         self.group = group  # inputs; the last group may be shorter
-        # Codes that are whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
-        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0, device=table.device) + table[0])
+        # Whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
+        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0, device=table.device) + table[0].round())
         self.integers = codes == torch.int8 or counted
         # Where this holds, inputs of bfloat16 may meet the codes in bfloat16: nothing is rounded.
         self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))
