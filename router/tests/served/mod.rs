@@ -73,6 +73,7 @@ pub async fn serve_with(change: impl FnOnce(&mut Setup)) -> Served {
             queue_requests: 64,
             queue_tokens: 0,
             share_prefixes: false,
+            speculate: 0,
             adapters: vec![],
             control: std::sync::Arc::new(|_| {}),
         },

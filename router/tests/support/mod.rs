@@ -49,6 +49,7 @@ pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
             queue_requests: 1024,
             queue_tokens: 0,
             share_prefixes: false,
+            speculate: 0,
             adapters: Vec::new(),
             control: Arc::new(move |control| heard.lock().unwrap().push(control)),
         },
