@@ -124,16 +124,17 @@ def test_the_model_computes_what_the_checkpoint_of_the_same_weights_computes(kin
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, "recommended"])
-def test_adapters_over_blocks_answer_as_those_of_peft_over_the_weights(kind, made, plain, tmp_path):
+def test_adapters_over_blocks_answer_as_those_of_peft_over_the_weights(kind, made, tmp_path):
     folder, judge, _ = made(kind)
-    changes = write_adapter(tmp_path / "changes", plain, r=8, lora_alpha=16, target_modules=[*ALL_LLAMA, "lm_head", "embed_tokens"])
+    changes = write_adapter(tmp_path / "changes", judge, r=8, lora_alpha=16, target_modules=[*ALL_LLAMA, "lm_head", "embed_tokens"])
     ranks = Ranks(folder, 2 if "K" in kind else 1, tmp_path / "rendezvous")
     ranks.reserve()
     ranks.load(1, changes)
     driver = Driver(ranks.step)
     driver.add(0, PROMPT, 24, adapter=1)
     driver.add(1, PROMPT, 24)
-    adapted, base = driver.run(chunk=7)[:2]
+    answers = driver.run(chunk=7)
+    adapted, base = answers[0], answers[1]
     assert [adapted] == likeliest(judge, changes, [(PROMPT, adapted)])
     assert [base] == likeliest(judge, None, [(PROMPT, base)])
     assert adapted != base
