@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvrun_kernels import large
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "linear(Tensor x, PackedLinear packed, Tensor? bias=None) -> Tensor"
@@ -59,7 +60,7 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     # Pairs of bfloat16 widen to float32 by a shift and a mask, and are what its dot product instruction takes.
     pair = 2 if weight.dtype == torch.bfloat16 else 1
     shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
-    panels = torch.empty(shape, dtype=weight.dtype)
+    panels = large.empty(shape, weight.dtype)
     _pack.run(panels.data_ptr(), weight.data_ptr(), out_features, in_features, weight.stride(0), DTYPES[weight.dtype])
     return PackedLinear(out_features, in_features, panels, packed=True)
 

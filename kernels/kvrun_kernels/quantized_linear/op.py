@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvrun_kernels import large
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu, on_gpu
 from kvrun_kernels.linear.op import PANEL
 
@@ -143,7 +144,8 @@ def _columns(per_group: Tensor) -> Tensor:
     out, groups = per_group.shape
     padded = per_group.new_zeros((-(-out // PANEL) * PANEL, groups))
     padded[:out] = per_group
-    return padded.view(-1, PANEL, groups).transpose(1, 2).contiguous()
+    columns = padded.view(-1, PANEL, groups).transpose(1, 2)
+    return large.empty(columns.shape, columns.dtype).copy_(columns) if columns.is_cpu else columns.contiguous()
 
 
 def _panels(codes: Tensor, nibbles: bool) -> Tensor:
@@ -152,7 +154,7 @@ def _panels(codes: Tensor, nibbles: bool) -> Tensor:
     count, padded = -(-out // PANEL), -(-inputs // WORD) * WORD
     shape = (count, padded // WORD, PANEL, 4) if nibbles else (count, padded // 2, PANEL, 2)
     if _pack.run is not None and codes.is_cpu:
-        panels, codes = torch.empty(shape, dtype=torch.uint8), codes.contiguous()
+        panels, codes = large.empty(shape, torch.uint8), codes.contiguous()
         _pack.run(panels.data_ptr(), codes.data_ptr(), out, inputs, int(nibbles))
         return panels
     laid = torch.zeros((count * PANEL, padded), dtype=torch.uint8)

@@ -1,0 +1,38 @@
+"""Memory for what is read in full at every step: weights side by side in pages of 2 MiB, which the processor finds without walking tables.
+
+A tensor's own allocation begins and ends within such pages, so that most of a small weight would lie in pages of 4 KiB.
+"""
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PAGE = 2 << 20
+LINE = 64  # tensors begin at cache lines
+CHUNK = 64 << 20  # bytes asked of the system at a time; what stays untouched of them costs nothing
+
+_chunk = torch.empty(0, dtype=torch.uint8)
+
+
+def large(bytes_: int) -> Tensor:
+    """Memory of its own for this many bytes, in large pages where the system has them. -> [bytes] uint8, zeros"""
+    memory = mmap.mmap(-1, bytes_ + PAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return whole[begin : begin + bytes_]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor beside those that were asked for before; the memory goes back when all of its neighbours are gone."""
+    global _chunk
+    size = math.prod(shape) * dtype.itemsize
+    taken = -(-size // LINE) * LINE
+    if taken > len(_chunk):
+        _chunk = large(max(taken, CHUNK))
+    found, _chunk = _chunk[:size], _chunk[taken:]
+    return found.view(dtype).view(tuple(shape))
