@@ -85,6 +85,9 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
         args.flag("--quantize", format.name());
     }
     args.flag("--activation-dtype", settings.activation_dtype.name());
+    if let Some(folder) = &settings.packed_cache {
+        args.flag("--packed-cache", folder);
+    }
     args.flag("--num-threads", plan.threads.to_string());
     let kept = plan.kv_cache.bytes + plan.state_bytes;
     args.flag("--kv-cache-bytes", kept.to_string());

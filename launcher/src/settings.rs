@@ -25,6 +25,7 @@ pub struct Settings {
     pub kv_cache_dtype: KvCacheDtype,
     pub quantize: Option<Quantize>,
     pub activation_dtype: ActivationDtype,
+    pub packed_cache: Option<PathBuf>,
     /// Number of model processes.
     pub shards: u32,
     pub num_threads: Option<u32>,
@@ -121,6 +122,7 @@ impl Settings {
             kv_cache_dtype: model.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             quantize,
             activation_dtype: model.activation_dtype.unwrap_or(ActivationDtype::Auto),
+            packed_cache: model.packed_cache,
             shards: shards.unwrap_or(1),
             num_threads: sharding.num_threads,
             kv_cache_bytes: sharding.kv_cache_bytes,

@@ -68,6 +68,7 @@ def _load(config: ServeConfig) -> Engine:
         group=group,
         quantize=config.quantize,
         activation_dtype=config.activation_dtype,
+        packed_cache=config.packed_cache,
     )
     kv_dtype = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, config.world_size)

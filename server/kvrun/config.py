@@ -28,6 +28,7 @@ class ServeConfig:
     kv_cache_dtype: str
     quantize: str | None
     activation_dtype: str
+    packed_cache: Path | None
     num_threads: int  # 0 = as many as this process may run on, divided among the ranks
     kv_cache_bytes: int  # 0 = a share of what is free
     adapter_bytes: int  # 0 = a share of what is free
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
     add("--activation-dtype", choices=("auto", "int8"), default="auto", help="what quantized linears multiply; int8 is faster, not exact")
+    add("--packed-cache", type=Path, help="folder that keeps weights as the kernels read them, for the next start")
     add("--num-threads", type=int, default=0, help="threads of this rank; 0 = all it may run on, divided among the ranks")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")
     add("--adapter-bytes", type=int, default=0, help="bytes for adapters; 0 = a share of what is free")

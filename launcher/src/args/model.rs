@@ -52,6 +52,10 @@ pub struct Model {
     /// Number format of what is multiplied with quantized weights [default: that of --dtype]
     #[arg(long, env, value_enum)]
     pub activation_dtype: Option<ActivationDtype>,
+
+    /// Folder that keeps the weights as the kernels read them: the next start only reads them back
+    #[arg(long, env, value_name = "DIR")]
+    pub packed_cache: Option<PathBuf>,
 }
 
 /// How the model is spread over processes.

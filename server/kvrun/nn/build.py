@@ -30,6 +30,7 @@ from kvrun.nn.vision.build import build_sight
 from kvrun.nn.vision.sight import Sight
 from kvrun.quant import CodedLinear, Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.quant import build as build_weight
+from kvrun.quant.packed_cache import PackedCache
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
 from kvrun.spec import PostNorm as SpecPostNorm
 from kvrun.spec import mixers as spec_mixers
@@ -55,10 +56,12 @@ def load_model(
     group: Group | None = None,
     quantize: str | None = None,
     activation_dtype: str = "auto",
+    packed_cache: Path | None = None,
 ) -> LoadedModel:
     """Load this rank's share of the model in a folder.
 
     `dtype` "auto" is the config's own, `activation_dtype` "auto" that of the model; "int8" rounds what quantized linears take.
+    `packed_cache` is a folder that keeps weights as the kernels read them, for the next start.
     Raises ConfigError, FilesError, Unsupported or DeviceError before any weight is read
     when something about the folder is wrong.
     """
@@ -77,11 +80,13 @@ def load_model(
     rounded = activation_dtype == "int8"
     if rounded and isinstance(weights, Dense):
         raise Unsupported(f"{ROUNDED}, and nothing is quantized; leave it out, or add --quantize int8 or int4")
-    build = _Build(model, plan, loader, weights, chosen, group, rounded)
+    cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
+    build = _Build(model, plan, loader, weights, chosen, group, rounded, cache)
     decoder = build.decoder()
     encoder = build.encoder(decoder.embed)
     sight = build.sight()
     checkpoint.close()
+    cache.keep()
     if rounded and not any(linear.weight.rounded for linear in build.linears):
         raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")
     vocabulary = model.decoder.embed.vocabulary
@@ -132,7 +137,15 @@ class _Build:
     """The walk over a description that makes its modules."""
 
     def __init__(
-        self, model: Model, plan: ModelPlan, loader: Loader, weights: LinearFormat, dtype: torch.dtype, group: Group, rounded: bool
+        self,
+        model: Model,
+        plan: ModelPlan,
+        loader: Loader,
+        weights: LinearFormat,
+        dtype: torch.dtype,
+        group: Group,
+        rounded: bool,
+        cache: PackedCache,
     ) -> None:
         self.shared = Shared(plan.split, group, dtype)
         self.linears = self.shared.linears
@@ -140,7 +153,7 @@ class _Build:
         # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
         self._shares_embedding = loader.end(plan.embed.table).module == loader.end(plan.head.weight).module
         self.hidden = model.decoder.embed.hidden
-        self._rounded = rounded
+        self._rounded, self._cache = rounded, cache
         self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
         self._whole = False  # whether what it makes is whole on every rank
 
@@ -185,9 +198,9 @@ class _Build:
     def _end(self, plan: TablePlan) -> CodedLinear | DenseLinear:
         """The matrix of an end, in codes where the checkpoint has it so."""
         if not self._loader.coded(plan, self._format):
-            return DenseLinear(self._loader.table(plan, self.shared.dtype))
-        cut = self._loader.end(plan)
-        weight = self._weight(LinearPlan("end", (cut,)), exact=True)
+            weight = self._cache.weight(lambda: DenseLinear(self._loader.table(plan, self.shared.dtype)))
+        else:
+            weight = self._weight(LinearPlan("end", (self._loader.end(plan),)), exact=True)
         assert isinstance(weight, CodedLinear | DenseLinear), "one part has nothing to be stacked with"
         return weight
 
@@ -274,14 +287,17 @@ class _Build:
         )
 
     def _weight(self, plan: LinearPlan, *, exact: bool = False) -> QuantizedLinear:
+        weight = self._cache.weight(lambda: self._packed(plan, exact))
+        if not isinstance(weight, DenseLinear):
+            self.saved.append(plan.out_features * plan.in_features * self.shared.dtype.itemsize - weight.nbytes)
+        return weight
+
+    def _packed(self, plan: LinearPlan, exact: bool) -> QuantizedLinear:
         parts = []
         for cut in plan.cuts:
             weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
-        weight = build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
-        if not isinstance(weight, DenseLinear):
-            self.saved.append(plan.out_features * plan.in_features * self.shared.dtype.itemsize - weight.nbytes)
-        return weight
+        return build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
 
 
 def _rows(weight: CodedLinear | DenseLinear, dtype: torch.dtype, ids: Tensor) -> Tensor:

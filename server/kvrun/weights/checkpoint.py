@@ -33,12 +33,6 @@ class Entry:
     file: Path
     dtype: str  # the format's own name, "BF16"
     shape: tuple[int, ...]
-    packed: float = 1.0  # numbers that each element stands for
-
-    @property
-    def parameters(self) -> int:
-        """Numbers it holds."""
-        return round(math.prod(self.shape) * self.packed)
 
 
 class Checkpoint:
@@ -49,6 +43,12 @@ class Checkpoint:
         self.entries = entries
         self.digest = digest  # hex SHA-256 over config.json and every weight file's header and size
         self._handles: dict[Path, Any] = {}
+
+    @property
+    def stamp(self) -> tuple[str, ...]:
+        """What changes when a weight file is written anew, even if its header stays: the digest, and each file's size and time."""
+        stats = ((file, file.stat()) for file in sorted({entry.file for entry in self.entries.values()}))
+        return (self.digest, *(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats))
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
