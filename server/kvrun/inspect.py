@@ -96,7 +96,7 @@ def inspect_model(folder: Path, dtype: str = "auto", world: int = 1, quantize: s
         folder=str(folder),
         architecture=config.architecture,
         dtype=computed,
-        parameters=sum(entry.parameters for entry in checkpoint.entries.values()),
+        parameters=plan_model(model, Split()).elements,
         file_bytes=file_bytes,
         rank_weight_bytes=rank_bytes,
         kv_dtype=kept,

@@ -159,7 +159,7 @@ def compressed(layout: str, **arguments: object) -> Callable[[Path, Path], Tenso
     def write(plain: Path, folder: Path) -> Tensors:
         from compressed_tensors import ModelCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
-        from compressed_tensors.quantization.utils import calculate_qparams
+        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
         from transformers import LlamaForCausalLM
 
         model = LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32)
@@ -173,7 +173,10 @@ def compressed(layout: str, **arguments: object) -> Callable[[Path, Path], Tenso
             low, high = blocks.amin(2), blocks.amax(2)
             if args.strategy == "tensor":
                 low, high = low.min().reshape(1), high.max().reshape(1)
-            scale, zero = calculate_qparams(low, high, args)
+            whole = None
+            if args.strategy == "tensor_group":
+                whole = module.weight_global_scale.data = generate_gparam(low.min(), high.max())
+            scale, zero = calculate_qparams(low, high, args, whole)
             module.weight_scale.data = scale
             if not args.symmetric:
                 module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
@@ -226,6 +229,16 @@ WRITERS: dict[str, Callable[[Path, Path], Tensors]] = {
     "int_quantized": compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
     "float_quantized": compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True),
     "float_quantized_tensor": compressed("float-quantized", num_bits=8, type="float", strategy="tensor", symmetric=True),
+    "nvfp4": compressed(
+        "nvfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        symmetric=True,
+        scale_dtype=torch.float8_e4m3fn,
+        zp_dtype=torch.float8_e4m3fn,
+    ),
     "bnb_int8": bitsandbytes(load_in_8bit=True),
     "bnb_nf4": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bnb_nf4_double": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),

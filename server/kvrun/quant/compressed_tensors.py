@@ -1,4 +1,4 @@
-"""compressed-tensors: integers packed along the inputs, plain int8, or 8-bit floats, by groups of modules."""
+"""compressed-tensors: integers packed along the inputs, plain int8, or floats of 8 or 4 bits, by groups of modules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from kvrun.quant.codes import Codes, grouped, shifted, whole_numbers
 from kvrun.quant.dense import PLAIN, Dense
 from kvrun.quant.format import WHOLE, Axes, LinearFormat
 from kvrun.quant.fp8 import Float8
+from kvrun.quant.mxfp4 import POSITIVE
 from kvrun.quant.registry import Settings, stored
 from kvrun.weights.load import indices
 from kvrun.weights.plan import Cut, Role
 
-LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
 BY_OUTPUT = Axes(out=0, inp=None)
+NVFP4_GROUP = 16
 
 
 class CompressedTensors:
@@ -37,6 +39,8 @@ class CompressedTensors:
         if "weight_scale" not in held:
             return Dense()
         scheme = self._scheme(module)
+        if "weight_global_scale" in held:
+            return NvFp4(held)
         if "weight_packed" in held:
             return Packed(scheme, held)
         if scheme.get("type") == "float":
@@ -96,6 +100,32 @@ class Packed:
         if self._ordered:
             return grouped(codes, tensors["weight_g_idx"].long())
         return grouped(codes, indices(cut.cols) // _group(self._group, cut))
+
+
+class NvFp4:
+    """weight = table[code] * scale / global scale; low halves of bytes first, scales of e4m3fn for each 16 inputs."""
+
+    unit = 32
+
+    def __init__(self, held: Collection[str]) -> None:
+        """`held`: suffixes."""
+        self._others = [name for name in held if name.startswith("input_")]
+
+    def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
+        """See LinearFormat."""
+        return self
+
+    def tensors(self) -> Mapping[str, Axes]:
+        """See LinearFormat."""
+        others = dict.fromkeys(("weight_global_scale", *self._others), WHOLE)
+        return {"weight_packed": Axes(out=0, inp=1, inp_per=2), "weight_scale": BY_OUTPUT, **others}
+
+    def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
+        """See LinearFormat."""
+        pairs, table = tensors["weight_packed"], torch.tensor(POSITIVE)
+        values = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
+        scales = tensors["weight_scale"].float() / tensors["weight_global_scale"].float()
+        return grouped(Codes(values, scales, table=torch.cat((table, -table))), indices(cut.cols) // NVFP4_GROUP)
 
 
 class Int8:

@@ -80,8 +80,12 @@ def _recipe(method: str, group: int, plain: list[str]) -> list[Any]:
 
 def _tune(source: Path, folder: Path, recipe: list[Any], samples: list[list[int]]) -> None:
     from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():
+        # AWQ asks for memory that a device copies from, also where there is no device, and torch refuses that.
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     whole = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu")
     batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)} for ids in samples]
     tuned = oneshot(model=whole, dataset=torch.utils.data.DataLoader(batches, batch_size=None), recipe=recipe)

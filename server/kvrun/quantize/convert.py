@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from kvrun.errors import FilesError, Unsupported
 from kvrun.quant import Dense
 from kvrun.quantize.layout import Layout, Tensors
 from kvrun.spec import Model
 from kvrun.weights.checkpoint import BITS, INDEX, SINGLE, Checkpoint, Entry
-from kvrun.weights.load import Loader, torch_dtype
+from kvrun.weights.load import Loader, whole
 from kvrun.weights.naming import probe
 from kvrun.weights.plan import plan_model
 from kvrun.weights.split import Split
@@ -99,7 +98,7 @@ class Conversion:
 
     def _written(self, name: str) -> Tensors:
         """What is stored for a tensor of the source, by name."""
-        weight, coded = _read(self._checkpoint, name), self.modules.coded.get(name)
+        weight, coded = whole(self._checkpoint, name), self.modules.coded.get(name)
         if coded is None:
             return {name: weight}
         tensors = self._layout.tensors(weight.T if coded.transposed else weight)
@@ -135,13 +134,6 @@ def linears(checkpoint: Checkpoint, model: Model, per: int) -> Modules:
     if not found.coded:
         raise Unsupported(f"{checkpoint.folder}: no linear has a multiple of {per} inputs, so nothing would become smaller")
     return found
-
-
-def _read(checkpoint: Checkpoint, name: str) -> Tensor:
-    entry = checkpoint.entries[name]
-    out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-    checkpoint.read(name, tuple(((0, length),) for length in entry.shape), out)
-    return out
 
 
 def _entry_bytes(entry: Entry) -> int:

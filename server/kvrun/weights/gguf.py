@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,4 +94,4 @@ def _entry(place: Place) -> Entry:
     if not place.matrix:
         return Entry(place.tensor.file, kind.name, place.shape)
     blocks = (*place.shape[:-1], place.shape[-1] // kind.values, kind.bytes)
-    return Entry(place.tensor.file, "U8", blocks, math.prod(place.shape) / math.prod(blocks))
+    return Entry(place.tensor.file, "U8", blocks)

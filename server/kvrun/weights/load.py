@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHOWN = 10  # names in a message
+log = logging.getLogger("kvrun.weights")
 
 
 class Loader:
@@ -45,8 +47,17 @@ class Loader:
                 raise FilesError(f"{entries[name].file}: tensor {name} is {found}; config and weights do not belong together")
         known = [re.compile(pattern) for pattern in leftovers]
         unread = [name for name in entries if name not in wanted and not any(p.search(name) for p in known)]
+        zeros = self._zero_biases(plan, unread)
+        if zeros:
+            log.info("%s holds biases that its config does not know, all of them zeros; left out are %s", folder, _names(zeros))
+        unread = [name for name in unread if name not in zeros]
         if unread:
             raise FilesError(f"{folder} holds {_names(unread)} that nobody would read; serving it without them would be another model")
+
+    def _zero_biases(self, plan: ModelPlan, names: list[str]) -> list[str]:
+        """Those of `names` that would be biases of linears without, and hold zeros: some programs write such beside codes."""
+        biases = {self.naming(cut.tensor("bias")) for linear in plan.all_linears() if not linear.bias for cut in linear.cuts}
+        return [name for name in names if name in biases and not whole(self.checkpoint, name).any()]
 
     def table(self, plan: TablePlan, dtype: torch.dtype) -> Tensor:
         """This rank's rows of a table or vector."""
@@ -148,6 +159,16 @@ class Loader:
         """Whether the checkpoint has a table over the vocabulary as something else than plain numbers."""
         cut = self.end(plan)
         return set(weights.of(cut.module, "end", self.held(cut)).tensors()) != {"weight"}
+
+
+def whole(checkpoint: Checkpoint, name: str) -> Tensor:
+    """All of a tensor, in the file's own dtype."""
+    import torch
+
+    entry = checkpoint.entries[name]
+    out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+    checkpoint.read(name, tuple(((0, length),) for length in entry.shape), out)
+    return out
 
 
 def indices(runs: Runs) -> Tensor:
