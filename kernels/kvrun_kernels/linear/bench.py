@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 
 from kvrun_kernels import ops
-from kvrun_kernels.bench import Case
+from kvrun_kernels.bench import STEP, Case
 
 
 def cases() -> Iterator[Case]:
@@ -25,3 +25,14 @@ def cases() -> Iterator[Case]:
                 beside=lambda x=x, theirs=theirs: torch.nn.functional.linear(x, next(theirs)),
                 dtype=dtype,
             )
+    most = torch.randn(max(outputs for outputs, _ in STEP), max(inputs for _, inputs in STEP)).bfloat16()
+    step = [ops.pack_linear(most[:outputs, :inputs]) for outputs, inputs in STEP]
+    for rows in (1, 8, 16, 32):
+        x = torch.randn(rows, most.shape[1]).bfloat16()
+        yield Case(
+            f"bfloat16, all of a step, rows={rows}",
+            lambda x=x: [ops.linear(x[:, : packed.in_features], packed) for packed in step],
+            bytes=sum(packed.nbytes for packed in step),
+            flops=2 * rows * sum(outputs * inputs for outputs, inputs in STEP),
+            dtype=torch.bfloat16,
+        )

@@ -1,7 +1,10 @@
 // y[rows, columns] += (x a^T) bt for segments of rows, each with its own adapter and rank.
 //
-// Shrink: t = x a^T, tasks over blocks of four rows and four ranks of every segment at once. Expand: y += t bt, tasks
-// over blocks of four rows and a span of columns. A single row and a run of rows form each sum in the same order.
+// Shrink: t = x a^T, four rows and four ranks at a time. Expand: y += t bt, four rows and a span of columns at a time, to
+// which four ranks after four are added: weights stream past in long pieces. Where there are enough blocks of rows, a task
+// does both for one of them. A single row and a run of rows form each sum in the same order.
+#include <type_traits>
+
 #include "thread_pool.h"
 #include "vec.h"
 
@@ -26,7 +29,7 @@ struct Segment {
 
 // Where a segment's tasks, and its part of t, begin.
 struct Offsets {
-  int64_t shrink, expand, product;
+  int64_t part, shrink, expand, product;
 };
 
 struct Call {
@@ -51,9 +54,18 @@ int64_t find(const Call& call, int64_t Offsets::*begin, int64_t i) {
   return low;
 }
 
+// Four rows of weights that are read after those at hand.
+template <class W>
+struct Ahead {
+  const W* from;
+  int64_t stride;
+
+  void fetch(int row, int64_t at) const { prefetch(from + row * stride + at); }
+};
+
 // Dot products of R rows with four ranks, t[row][rank].
 template <int R, class X, class W>
-void shrink(float* t, int64_t rank, const X* x, int64_t x_stride, const W* a, int64_t ranks, int64_t inputs) {
+void shrink(float* t, int64_t rank, const X* x, int64_t x_stride, const W* a, int64_t ranks, int64_t inputs, Ahead<W> ahead) {
   Floats sums[R][kBlock];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < kBlock; j++) sums[r][j] = Floats::zero();
@@ -64,8 +76,7 @@ void shrink(float* t, int64_t rank, const X* x, int64_t x_stride, const W* a, in
   for (int64_t k = 0; k < whole; k += lanes) {
     Floats w[kBlock];
     for (int j = 0; j < kBlock; j++) {
-      // The same place of the next block of ranks, most often this thread's next task.
-      __builtin_prefetch(row[j] + k + kBlock * inputs);
+      ahead.fetch(j, k);
       w[j] = Floats::load(row[j] + k);
     }
     for (int r = 0; r < R; r++) {
@@ -85,86 +96,131 @@ void shrink(float* t, int64_t rank, const X* x, int64_t x_stride, const W* a, in
   }
 }
 
-// Adds t bt to R rows, at V vectors of columns of which `count` elements exist.
-template <int R, int V, class Y, class W>
-void expand_columns(Y* y, int64_t y_stride, const float* t, const W* bt, int64_t rank, int64_t columns, int64_t count) {
-  Floats sums[R][V];
+// Adds what J ranks give `count` columns of R rows to sums [row][kSpan], which begin at nothing with the first of them.
+template <int R, int J, class W>
+void expand(float* sums, bool first, const float* t, int64_t rank, const W* bt, int64_t columns, int64_t count,
+            Ahead<W> ahead) {
+  Floats by[R][J];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = Floats::zero();
-  const bool whole = count == V * lanes;
-  for (int64_t j = 0; j < rank; j++) {
-    Floats w[V];
-    for (int v = 0; v < V; v++) {
-      const W* from = bt + j * columns + v * lanes;
-      __builtin_prefetch(from + 4 * columns);
-      w[v] = whole ? Floats::load(from) : Floats::load(from, count);
+    for (int j = 0; j < J; j++) by[r][j] = Floats(t[r * rank + j]);
+  for (int64_t n = 0; n < count; n += lanes) {
+    const bool whole = n + lanes <= count;
+    Floats w[J];
+    for (int j = 0; j < J; j++) {
+      ahead.fetch(j, n);
+      const W* from = bt + j * columns + n;
+      w[j] = whole ? Floats::load(from) : Floats::load(from, count - n);
     }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) sums[r][v] = fma(Floats(t[r * rank + j]), w[v], sums[r][v]);
+    for (int r = 0; r < R; r++) {
+      Floats sum = first ? Floats::zero() : Floats::load(sums + r * kSpan + n);
+      for (int j = 0; j < J; j++) sum = fma(by[r][j], w[j], sum);
+      sum.store(sums + r * kSpan + n);
+    }
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) {
-      Y* to = y + r * y_stride + v * lanes;
-      if (whole)
-        (Floats::load(to) + sums[r][v]).store(to);
-      else
-        (Floats::load(to, count) + sums[r][v]).store(to, count);
-    }
 }
 
-template <int R, class Y, class W>
-void expand(Y* y, int64_t y_stride, const float* t, const W* bt, int64_t rank, int64_t columns, int64_t span) {
-  // As wide as the registers allow: each rank is a stream of its own, and memory answers long pieces best.
-  constexpr int V = (lanes == 16 ? 16 : 8) / R;
-  int64_t n = 0;
-  for (; n + V * lanes <= span; n += V * lanes)
-    expand_columns<R, V>(y + n, y_stride, t, bt + n, rank, columns, V * lanes);
-  for (; n < span; n += lanes) expand_columns<R, 1>(y + n, y_stride, t, bt + n, rank, columns, at_most(span - n, lanes));
-}
+// Up to kBlock rows of a segment.
+template <class X, class Y, class W>
+struct Part {
+  const Call& call;
+  const Segment& segment;
+  int64_t row, rows = at_most(segment.rows() - row, kBlock);
+  const W *a = (const W*)segment.a, *bt = (const W*)segment.bt;
 
-template <class X, class W>
-void shrink_task(const Call& call, int64_t i) {
-  const int64_t s = find(call, &Offsets::shrink, i);
-  const Segment& segment = call.segments[s];
-  const int64_t block = i - call.offsets[s].shrink, blocks = segment.row_blocks();
-  const int64_t row = block % blocks * kBlock, rank = block / blocks * kBlock;
-  float* t = call.products + call.offsets[s].product + row * segment.rank + rank;
-  const X* x = (const X*)call.x + (segment.start + row) * call.x_stride;
-  const W* a = (const W*)segment.a + rank * call.inputs;
-  constexpr void (*by_height[])(float*, int64_t, const X*, int64_t, const W*, int64_t, int64_t) = {
-      shrink<1, X, W>, shrink<2, X, W>, shrink<3, X, W>, shrink<4, X, W>};
-  by_height[at_most(segment.rows() - row, kBlock) - 1](t, segment.rank, x, call.x_stride, a,
-                                                       at_most(segment.rank - rank, kBlock), call.inputs);
-}
+  Part(const Call& c, const Segment& s, int64_t block) : call(c), segment(s), row(block * kBlock) {}
 
-template <class Y, class W>
-void expand_task(const Call& call, int64_t i) {
-  const int64_t s = find(call, &Offsets::expand, i);
-  const Segment& segment = call.segments[s];
-  const int64_t block = i - call.offsets[s].expand, blocks = segment.row_blocks();
-  const int64_t row = block % blocks * kBlock, column = block / blocks * kSpan;
-  Y* y = (Y*)call.y + (segment.start + row) * call.y_stride + segment.column + column;
-  const float* t = call.products + call.offsets[s].product + row * segment.rank;
-  constexpr void (*by_height[])(Y*, int64_t, const float*, const W*, int64_t, int64_t, int64_t) = {
-      expand<1, Y, W>, expand<2, Y, W>, expand<3, Y, W>, expand<4, Y, W>};
-  by_height[at_most(segment.rows() - row, kBlock) - 1](y, call.y_stride, t, (const W*)segment.bt + column, segment.rank,
-                                                       segment.columns, at_most(segment.columns - column, kSpan));
-}
+  // t [row][rank] at four ranks.
+  void shrink(float* t, int64_t first) const {
+    const int64_t ranks = at_most(segment.rank - first, kBlock);
+    const X* x = (const X*)call.x + (segment.start + row) * call.x_stride;
+    const W* from = a + first * call.inputs;
+    const bool last = first + kBlock >= segment.rank;
+    const Ahead<W> ahead = last ? Ahead<W>{bt, segment.columns} : Ahead<W>{from + kBlock * call.inputs, call.inputs};
+    by_rows([&](auto height) {
+      kvrun::shrink<height(), X, W>(t + first, segment.rank, x, call.x_stride, from, ranks, call.inputs, ahead);
+    });
+  }
+
+  // Adds t bt to kSpan columns of y.
+  void expand(const float* t, int64_t column) const {
+    const int64_t count = at_most(segment.columns - column, kSpan), rank = segment.rank, columns = segment.columns;
+    Y* y = (Y*)call.y + (segment.start + row) * call.y_stride + segment.column + column;
+    by_rows([&](auto height) {
+      constexpr int R = height();
+      float sums[R * kSpan];
+      int64_t j = 0;
+      for (; j + kBlock <= rank; j += kBlock) {
+        const W* from = bt + j * columns + column;
+        // After the last ranks come the first ones of the next columns.
+        const Ahead<W> ahead{j + kBlock < rank ? from + kBlock * columns : bt + column + kSpan, columns};
+        kvrun::expand<R, kBlock>(sums, j == 0, t + j, rank, from, columns, count, ahead);
+      }
+      for (; j < rank; j++) {
+        const W* from = bt + j * columns + column;
+        kvrun::expand<R, 1>(sums, j == 0, t + j, rank, from, columns, count, Ahead<W>{from, 0});
+      }
+      for (int r = 0; r < R; r++)
+        for (int64_t n = 0; n < count; n += lanes) {
+          Y* to = y + r * call.y_stride + n;
+          const Floats sum = Floats::load(sums + r * kSpan + n);
+          if (n + lanes <= count)
+            (Floats::load(to) + sum).store(to);
+          else
+            (Floats::load(to, count - n) + sum).store(to, count - n);
+        }
+    });
+  }
+
+ private:
+  template <class F>
+  void by_rows(const F& f) const {
+    if (rows == 1) return f(std::integral_constant<int, 1>{});
+    if (rows == 2) return f(std::integral_constant<int, 2>{});
+    if (rows == 3) return f(std::integral_constant<int, 3>{});
+    f(std::integral_constant<int, 4>{});
+  }
+};
 
 template <class X, class Y, class W>
 void run(Call call) {
   call.offsets = (Offsets*)scratch(kCallTable, call.count * sizeof(Offsets));
-  Offsets end{0, 0, 0};
+  Offsets end{0, 0, 0, 0};
   for (int64_t s = 0; s < call.count; s++) {
     const Segment& segment = call.segments[s];
     call.offsets[s] = end;
+    if (segment.rank == 0) continue;
+    end.part += segment.row_blocks();
     end.shrink += segment.shrink_tasks();
     end.expand += segment.expand_tasks();
     end.product += segment.rows() * segment.rank;
   }
+  using Rows = Part<X, Y, W>;
+  if (end.part >= 4 * thread_count()) {
+    parallel_for(end.part, [&](int64_t i) {
+      const int64_t s = find(call, &Offsets::part, i);
+      const Segment& segment = call.segments[s];
+      const Rows part(call, segment, i - call.offsets[s].part);
+      float* t = (float*)scratch(kTask, kBlock * segment.rank * sizeof(float));
+      for (int64_t rank = 0; rank < segment.rank; rank += kBlock) part.shrink(t, rank);
+      for (int64_t column = 0; column < segment.columns; column += kSpan) part.expand(t, column);
+    });
+    return;
+  }
+  // Too few rows for all threads: they share ranks, then columns.
   call.products = (float*)scratch(kCall, end.product * sizeof(float));
-  parallel_for(end.shrink, [&](int64_t i) { shrink_task<X, W>(call, i); });
-  parallel_for(end.expand, [&](int64_t i) { expand_task<Y, W>(call, i); });
+  const auto product = [&](int64_t s, const Rows& part) {
+    return call.products + call.offsets[s].product + part.row * call.segments[s].rank;
+  };
+  parallel_for(end.shrink, [&](int64_t i) {
+    const int64_t s = find(call, &Offsets::shrink, i), at = i - call.offsets[s].shrink, blocks = call.segments[s].row_blocks();
+    const Rows part(call, call.segments[s], at % blocks);
+    part.shrink(product(s, part), at / blocks * kBlock);
+  });
+  parallel_for(end.expand, [&](int64_t i) {
+    const int64_t s = find(call, &Offsets::expand, i), at = i - call.offsets[s].expand, blocks = call.segments[s].row_blocks();
+    const Rows part(call, call.segments[s], at % blocks);
+    part.expand(product(s, part), at / blocks * kSpan);
+  });
 }
 
 }  // namespace
