@@ -170,7 +170,7 @@ def paged_attention(
         stats = torch.empty((tokens, heads, parts, 2), dtype=torch.float32, device=q.device)
     absent = contexts  # a pointer that is not followed
     block_v = up_to_power(value_dim, 16)
-    _attend[(*grid, parts)](
+    _attend[grid[0], grid[1], parts](
         target, stats, q, as_held(pool), query_start, contexts, page_table,
         *(absent if t is None else t for t in (reach, slopes, sinks, relative)),
         sequences, kv_heads, group, dim, value_dim, pool.shape[4], page_tokens, pool.shape[1],
