@@ -1,17 +1,14 @@
 """DeepSeek V2, V3 and R1: latent attention, and experts in groups beside a part that every token takes."""
 
-import math
 from dataclasses import replace
 
+from kvrun.models.latent import attend
 from kvrun.models.llama import feed_forward, language_model
 from kvrun.models.qwen_moe import experts, gated
 from kvrun.spec import (
     Config,
-    Fused,
     GroupedSigmoid,
     GroupedSoftmax,
-    LatentAttention,
-    LowRank,
     Mixer,
     Model,
     PlainGroupedSigmoid,
@@ -21,10 +18,7 @@ from kvrun.spec import (
     SoftmaxTopK,
     Step,
     architecture,
-    linear,
 )
-
-LATENT_EPS = 1e-6  # of the norms within attention, whatever the config says of the others
 
 
 @architecture("DeepseekV2ForCausalLM")
@@ -70,38 +64,7 @@ def feed(c: Config, i: int, router: Router) -> list[Mixer]:
     return [mixture, gated(c, "mlp.shared_experts", shared)] if shared else [mixture]
 
 
-def attend(c: Config) -> LatentAttention:
-    """The attention of any layer."""
-    plain, rotated, value, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-    bias, narrow = c.get("attention_bias", False), c.get("q_lora_rank")
-    query: Fused | LowRank = linear("self_attn.q_proj")
-    if narrow is not None:
-        norm = RmsNorm("self_attn.q_a_layernorm", LATENT_EPS)
-        query = LowRank(narrow, linear("self_attn.q_a_proj", bias=bias), norm, linear("self_attn.q_b_proj"))
-    return LatentAttention(
-        c.num_attention_heads,
-        plain,
-        rotated,
-        value,
-        latent,
-        query,
-        down=linear("self_attn.kv_a_proj_with_mqa", bias=bias),
-        norm=RmsNorm("self_attn.kv_a_layernorm", LATENT_EPS),
-        up=linear("self_attn.kv_b_proj"),
-        out=linear("self_attn.o_proj", bias=bias),
-        position=c.rope(rotated, "interleaved" if c.get("rope_interleave", True) else "half"),
-        scale=(plain + rotated) ** -0.5 * _stretch(c) ** 2,
-    )
-
-
 def without_predictors(model: Model, c: Config) -> Model:
     """The model beside whose layers a checkpoint may hold further ones, which guess tokens ahead."""
     further = range(c.num_hidden_layers, c.num_hidden_layers + c.get("num_nextn_predict_layers", 1))
     return replace(model, leftovers=(*model.leftovers, *(rf"\blayers\.{number}\." for number in further)))
-
-
-def _stretch(c: Config) -> float:
-    """What a stretched context multiplies queries and keys with."""
-    stated = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    factor, power = stated.get("factor", 1.0), stated.get("mscale_all_dim", 0.0)
-    return 0.1 * power * math.log(factor) + 1.0 if factor > 1 else 1.0

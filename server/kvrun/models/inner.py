@@ -1,9 +1,8 @@
 """The language model inside a model that sees: read from `text_config`, its names moved to where the outer model has it."""
 
-from dataclasses import replace
 from typing import Any
 
-from kvrun.spec import Config, Layer, Model, model_of
+from kvrun.spec import Config, Model, model_of, moved
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,22 +61,3 @@ def language_model(c: Config, at: str, kind: str) -> Model:
     if c.get("tie_word_embeddings") is not None:  # the head is the outer model's
         stated["tie_word_embeddings"] = c.tie_word_embeddings
     return moved(model_of(text.otherwise(**defaults).stating(**stated)), at)
-
-
-def moved(model: Model, at: str) -> Model:
-    """A model of Llama's names, those that begin with "model." moved to `at`; the head stays where it is."""
-
-    def name(old: str) -> str:
-        return at + old.removeprefix("model.") if old.startswith("model.") else old
-
-    decoder = model.decoder
-    head = decoder.head
-    return replace(
-        model,
-        decoder=replace(
-            decoder,
-            embed=replace(decoder.embed, name=name(decoder.embed.name)),
-            layers=tuple(Layer(name(layer.at), layer.steps) for layer in decoder.layers),
-            head=replace(head, norm=head.norm and replace(head.norm, name=name(head.norm.name)), name=name(head.name)),
-        ),
-    )

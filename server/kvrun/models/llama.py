@@ -2,23 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from kvrun.spec import (
-    Attention,
-    Config,
-    Decoder,
-    Embed,
-    GatedMlp,
-    Head,
-    Mixer,
-    Model,
-    Residual,
-    RmsNorm,
-    Step,
-    architecture,
-    fuse,
-    linear,
-    stack,
-)
+from kvrun.spec import Attention, Config, Decoder, Embed, GatedMlp, Head, Mixer, Model, Residual, RmsNorm, Step, architecture, stack
+from kvrun.spec.weights import fuse, linear
 
 
 @architecture("LlamaForCausalLM")
@@ -44,12 +29,8 @@ def attention(c: Config, *, qkv_bias: bool = False, out_bias: bool = False, wind
 def feed_forward(c: Config) -> GatedMlp:
     """The gated feed-forward part."""
     bias = c.get("mlp_bias", False)
-    return GatedMlp(
-        c.intermediate_size,
-        act=c.hidden_act,
-        gate_up=fuse("mlp.gate_proj", "mlp.up_proj", bias=bias),
-        down=linear("mlp.down_proj", bias=bias),
-    )
+    gate_up, down = fuse("mlp.gate_proj", "mlp.up_proj", bias=bias), linear("mlp.down_proj", bias=bias)
+    return GatedMlp(c.intermediate_size, c.hidden_act, gate_up, down)
 
 
 def decoder(c: Config, attend: Callable[[int], Attention], feed: Callable[[int], Mixer] | None = None) -> Model:
@@ -66,12 +47,13 @@ def decoder(c: Config, attend: Callable[[int], Attention], feed: Callable[[int],
 
 def language_model(c: Config, layer: Callable[[int], Sequence[Step]], head: Head | None = None, *, embedding_scale: float = 1.0) -> Model:
     """Layers under Llama's names, with an RMS norm before a head that is tied if the config says so, or with a head of their own."""
-    plain = Head(RmsNorm("model.norm", c.rms_norm_eps), "lm_head", tied=c.get("tie_word_embeddings", False)) if head is None else head
+    if head is None:
+        head = Head(RmsNorm("model.norm", c.rms_norm_eps), "lm_head", tied=c.get("tie_word_embeddings", False))
     return Model(
         Decoder(
             embed=Embed("model.embed_tokens", c.vocab_size, c.hidden_size, scale=embedding_scale),
             layers=stack(c.num_hidden_layers, "model.layers.{i}", layer),
-            head=plain,
+            head=head,
         ),
         positions=c.max_position_embeddings,
         leftovers=(r"\.rotary_emb\.inv_freq$",),

@@ -18,10 +18,9 @@ from kvrun.spec import (
     SourceAttention,
     TwoSidedBias,
     architecture,
-    fuse,
-    linear,
     stack,
 )
+from kvrun.spec.weights import fuse, linear
 
 
 @architecture("T5ForConditionalGeneration")
@@ -38,15 +37,9 @@ def t5(c: Config) -> Model:
     own = fuse(*(f"layer.0.SelfAttention.{part}" for part in "qkv")), linear("layer.0.SelfAttention.o")
     reads = SourceAttention(heads, heads, dim, *own, position=TwoSidedBias(bias.format("encoder"), *buckets), scale=1.0)
     writes = Attention(heads, heads, dim, *own, position=RelativeBias(bias.format("decoder"), *buckets), scale=1.0)
-    looks = CrossAttention(
-        heads,
-        heads,
-        dim,
-        query=linear("layer.1.EncDecAttention.q"),
-        key_value=fuse("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
-        out=linear("layer.1.EncDecAttention.o"),
-        scale=1.0,
-    )
+    other = "layer.1.EncDecAttention"
+    query, out = linear(f"{other}.q"), linear(f"{other}.o")
+    looks = CrossAttention(heads, heads, dim, query, fuse(f"{other}.k", f"{other}.v"), out, scale=1.0)
 
     def layers(side: str, count: int, *mixers: Attention | CrossAttention) -> tuple[Layer, ...]:
         last = len(mixers)

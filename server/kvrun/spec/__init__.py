@@ -9,7 +9,7 @@ from kvrun.spec.describe import describe
 from kvrun.spec.encoder import CrossAttention, Encoder, SourceAttention
 from kvrun.spec.latent import LatentAttention, LowRank
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
-from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Rest, Step, UnitHead, stack
+from kvrun.spec.model import Decoder, Embed, Head, Layer, Model, Parallel, PostNorm, Residual, Rest, Step, UnitHead, moved, stack
 from kvrun.spec.moe import (
     ClampedSwiGlu,
     EachExpert,
@@ -150,6 +150,7 @@ __all__ = [
     "line_breaks",
     "linear",
     "model_of",
+    "moved",
     "packed",
     "pixels",
     "served",

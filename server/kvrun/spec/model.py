@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvrun.spec.encoder import Encoder
 from kvrun.spec.mixers import Mixer
@@ -134,3 +134,22 @@ class Model:
     magnitude: float = 6e4  # what hidden states may reach; a number format that ends below it is refused
     images: Images | None = None  # None: it takes text only
     spellings: tuple[tuple[str, str], ...] = ()  # beginnings of names here, and what other files have in their place
+
+
+def moved(model: Model, at: str) -> Model:
+    """A model of Llama's names, those that begin with "model." moved to `at`; the head stays where it is."""
+
+    def name(old: str) -> str:
+        return at + old.removeprefix("model.") if old.startswith("model.") else old
+
+    decoder = model.decoder
+    head = decoder.head
+    return replace(
+        model,
+        decoder=replace(
+            decoder,
+            embed=replace(decoder.embed, name=name(decoder.embed.name)),
+            layers=tuple(Layer(name(layer.at), layer.steps) for layer in decoder.layers),
+            head=replace(head, norm=head.norm and replace(head.norm, name=name(head.norm.name)), name=name(head.name)),
+        ),
+    )
