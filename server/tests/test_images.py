@@ -64,8 +64,8 @@ def heard(monkeypatch):
     passes: list[torch.Tensor] = []
     forward = LoadedModel.forward
 
-    def listen(self, batch, pool):
-        logits = forward(self, batch, pool)
+    def listen(self, batch, *rest):
+        logits = forward(self, batch, *rest)
         if logits is not None:
             passes.append(logits)
         return logits
