@@ -49,17 +49,19 @@ def state() -> str:
 
 
 def measure(result: Result, scenario: Scenario, rows: list[Row], pool: Pool, limits: Limits | None, turns: int) -> None:
-    """Add to a result: all rows in turn, as often as asked, and the machine's limits in every turn."""
+    """Add to a result: all rows in turn, as often as asked, and the machine's limits between them."""
     lines = {(line.server, line.case): line for line in result.lines}
     lost: set[tuple[str, str]] = set()
     for turn in range(scenario.turns or turns):
         if limits:
-            for name, rate in limits.measure().items():
+            for name, rate in limits.products().items():
                 result.limits.setdefault(name, []).append(rate)
         for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
             key = (row.server, row.case)
             if key in lost:
                 continue
+            if limits:  # before every row: what neighbours leave of the memory's rate changes within seconds
+                result.limits.setdefault("read", []).append(limits.read())
             try:
                 figures = row.measure(pool, turn)
             except (Unavailable, RuntimeError) as why:

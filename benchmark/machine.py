@@ -27,18 +27,20 @@ class Limits:
         self.packed, self.row = ops.pack_linear(torch.ones(16384, 8192)), torch.ones(1, 8192)
         self.summed = torch.ones(1 << 27)
 
-    def measure(self) -> dict[str, float]:
-        """Bytes and floating-point operations per second, by the name they have in the table."""
+    def read(self) -> float:
+        """Bytes per second."""
+        stream = self.packed.nbytes / self.clock.seconds_of(lambda: self.ops.linear(self.row, self.packed))
+        return max(stream, self.summed.nbytes / self.clock.seconds_of(self.summed.sum))
+
+    def products(self) -> dict[str, float]:
+        """Operations per second of each kind of product."""
         from kvrun_kernels.bench import matmul_rate
 
         torch, ops = self.torch, self.ops
-        stream = self.packed.nbytes / self.clock.seconds_of(lambda: ops.linear(self.row, self.packed))
-        read = self.summed.nbytes / self.clock.seconds_of(self.summed.sum)
         square = ops.pack_linear(torch.ones(2048, 2048, dtype=torch.bfloat16))
         rows = torch.ones(512, 2048, dtype=torch.bfloat16)
         own = 2 * 512 * 2048**2 / self.clock.seconds_of(lambda: ops.linear(rows, square))
-        products = {dtype: matmul_rate(dtype, self.clock) for dtype in (torch.float32, torch.bfloat16)}
-        return {"read": max(stream, read), "float32": products[torch.float32], "bfloat16": products[torch.bfloat16], "kernel": own}
+        return {"kernel": own} | {str(d).removeprefix("torch."): matmul_rate(d, self.clock) for d in (torch.float32, torch.bfloat16)}
 
 
 def cores() -> int:
