@@ -45,16 +45,25 @@ void merge(State into, State next, int64_t rows, int64_t padded) {
   }
 }
 
+// Vectors of a block that were widened beforehand: numbers d.. of vector j.
+struct Widened {
+  const float* first;
+  int64_t stride;
+  Floats operator()(int64_t j, int64_t d) const { return Floats::load(first + j * stride + d); }
+  void foresee(int64_t, int64_t, int64_t) const {}
+};
+
 // Scores of R rows against four keys at a time: each a sum over lanes, folded the same way every time.
-template <int R>
-void score(const float* q, const float* keys, float* scores, int64_t count, int64_t padded) {
+template <int R, class Vectors>
+void score(const float* q, const Vectors& keys, float* scores, int64_t count, int64_t padded) {
   for (int64_t j = 0; j < count; j += 4) {
     Floats sums[R][4];
     for (int r = 0; r < R; r++)
       for (int k = 0; k < 4; k++) sums[r][k] = Floats::zero();
+    for (int k = 0; k < 4; k++) keys.foresee(j + k, 0, padded);
     for (int64_t d = 0; d < padded; d += lanes) {
       Floats key[4];
-      for (int k = 0; k < 4; k++) key[k] = Floats::load(keys + (j + k) * padded + d);
+      for (int k = 0; k < 4; k++) key[k] = keys(j + k, d);
       for (int r = 0; r < R; r++) {
         const Floats query = Floats::load(q + r * padded + d);
         for (int k = 0; k < 4; k++) sums[r][k] = fma(query, key[k], sums[r][k]);
@@ -64,33 +73,33 @@ void score(const float* q, const float* keys, float* scores, int64_t count, int6
   }
 }
 
-// out = out * keep + shares x values, for R rows and V vectors of the head. Values may lie wider apart than outputs.
-template <int R, int V>
-void add_values(float* out, const float* keep, const float* shares, const float* values, int64_t count, int64_t padded,
-                int64_t stride) {
+// out = out * keep + shares x values, for R rows and V vectors of the head from `first` on.
+template <int R, int V, class Vectors>
+void add_values(float* out, const float* keep, const float* shares, const Vectors& values, int64_t count, int64_t padded,
+                int64_t first) {
   Floats sums[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = Floats::load(out + r * padded + v * lanes) * Floats(keep[r]);
+    for (int v = 0; v < V; v++) sums[r][v] = Floats::load(out + r * padded + first + v * lanes) * Floats(keep[r]);
   for (int64_t j = 0; j < count; j++) {
+    values.foresee(j, first, V * lanes);
     Floats value[V];
-    for (int v = 0; v < V; v++) value[v] = Floats::load(values + j * stride + v * lanes);
+    for (int v = 0; v < V; v++) value[v] = values(j, first + v * lanes);
     for (int r = 0; r < R; r++) {
       const Floats share(shares[r * kBlock + j]);
       for (int v = 0; v < V; v++) sums[r][v] = fma(share, value[v], sums[r][v]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v].store(out + r * padded + v * lanes);
+    for (int v = 0; v < V; v++) sums[r][v].store(out + r * padded + first + v * lanes);
 }
 
-template <int R>
-void add_values(float* out, const float* keep, const float* shares, const float* values, int64_t count, int64_t padded,
-                int64_t stride) {
+template <int R, class Vectors>
+void add_values(float* out, const float* keep, const float* shares, const Vectors& values, int64_t count, int64_t padded) {
   // One row alone needs more sums at once to hide their latency.
   constexpr int V = R == 1 ? 8 : 4;
   int64_t d = 0;
-  for (; d + V * lanes <= padded; d += V * lanes) add_values<R, V>(out + d, keep, shares, values + d, count, padded, stride);
-  for (; d < padded; d += lanes) add_values<R, 1>(out + d, keep, shares, values + d, count, padded, stride);
+  for (; d + V * lanes <= padded; d += V * lanes) add_values<R, V>(out, keep, shares, values, count, padded, d);
+  for (; d < padded; d += lanes) add_values<R, 1>(out, keep, shares, values, count, padded, d);
 }
 
 template <class F>

@@ -99,11 +99,12 @@ inline Floats load_floats(const T* from, int64_t count) {
   return count == Floats::width ? Floats::load(from) : Floats::load(from, count);
 }
 
-// Rows of dim numbers. `read` widens the first `count` of them and may write zeros up to whole vectors; `write` sets the
-// first `count` and zeroes the rest.
+// Rows of dim numbers. `read` widens the first `count` of them and may write zeros up to whole vectors; `at` widens the
+// vector that begins at number i; `write` sets the first `count` and zeroes the rest.
 template <class T>
 struct Rows8 {
   static int64_t bytes(int64_t dim) { return dim; }
+  static Floats at(const char* row, int64_t i, int64_t) { return T::widened(load_codes(row + i, Floats::width)); }
   static void read(float* to, const char* row, int64_t count, int64_t) {
     by_vectors(count, [&](int64_t i, int64_t n) { T::widened(load_codes(row + i, n)).store(to + i); });
   }
@@ -117,6 +118,7 @@ struct Rows8 {
 template <class T>
 struct StoredRows {
   static int64_t bytes(int64_t dim) { return dim * int64_t(sizeof(T)); }
+  static Floats at(const char* row, int64_t i, int64_t) { return Floats::load((const T*)row + i); }
   static void read(float* to, const char* row, int64_t count, int64_t) {
     by_vectors(count, [&](int64_t i, int64_t n) { load_floats((const T*)row + i, n).store(to + i); });
   }
@@ -142,13 +144,15 @@ struct StoredRows<Float8E5m2> : Rows8<Float8E5m2> {};
 template <>
 struct StoredRows<Int8Code> {
   static int64_t bytes(int64_t dim) { return dim + int64_t(sizeof(float)); }
-  static void read(float* to, const char* row, int64_t count, int64_t dim) {
+  static Floats scaled(const char* row, int64_t i, int64_t count, int64_t dim) {
     float scale;
     memcpy(&scale, row + dim, sizeof scale);
-    by_vectors(count, [&](int64_t i, int64_t n) {
-      const Floats code = __builtin_convertvector(to_words(load_codes(row + i, n)), Floats::Raw);
-      (code * Floats(scale)).store(to + i);
-    });
+    const Floats code = __builtin_convertvector(to_words(load_codes(row + i, count)), Floats::Raw);
+    return code * Floats(scale);
+  }
+  static Floats at(const char* row, int64_t i, int64_t dim) { return scaled(row, i, Floats::width, dim); }
+  static void read(float* to, const char* row, int64_t count, int64_t dim) {
+    by_vectors(count, [&](int64_t i, int64_t n) { scaled(row, i, n, dim).store(to + i); });
   }
   // The scale is the largest magnitude's 127th; NaN, over codes of 0, where a number is not finite.
   template <class From>

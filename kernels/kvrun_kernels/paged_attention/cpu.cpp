@@ -12,6 +12,8 @@ namespace kvrun {
 namespace {
 
 constexpr int64_t kSplit = 512, kTileRows = 64;
+// So few rows use a key that widening it for every four of them costs less than keeping it widened.
+constexpr int64_t kFewRows = 8;
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 int64_t whole_vectors(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
@@ -49,19 +51,23 @@ struct Tile {
   int64_t query_head(int64_t r) const { return first_head + r % heads; }
 };
 
-// What a task works in: its query rows, one block of keys and values as float32, and the block's scores.
+// What a task works in: its query rows, one block of keys and values as float32 unless they are read in place, and the
+// block's scores.
 struct Work {
   float *q, *keys, *values, *scores, *keep, *split, *all;
+  char* zeros;  // a stored vector of zeros
   Work(const Call& call, int64_t rows) {
     const int64_t padded = call.padded(), block = kBlock * padded, own = call.planes == 1 ? 0 : kBlock * call.value_padded();
     const int64_t state = State::floats(rows, call.value_padded());
-    q = (float*)scratch(kTask, (rows * (padded + kBlock + 1) + block + own + 2 * state) * sizeof(float));
+    q = (float*)scratch(kTask, (rows * (padded + kBlock + 1) + block + own + 2 * state) * sizeof(float) + call.row_bytes);
     keys = q + rows * padded;
     scores = keys + block + own;
     values = own ? keys + block : keys;
     keep = scores + rows * kBlock;
     split = keep + rows;
     all = split + state;
+    zeros = (char*)(all + state);
+    memset(zeros, 0, call.row_bytes);
   }
 };
 
@@ -78,6 +84,36 @@ const char* page_of(const Call& call, const Tile& tile, int64_t index) {
   if (page < 0 || page >= call.pages) return nullptr;
   return (const char*)call.pool + (page * call.planes * call.kv_heads + tile.head) * call.page_tokens * call.row_bytes;
 }
+
+// Where the vectors of a block lie in their pages; where no row may see one, `hidden`.
+struct Places {
+  const char *keys[kBlock], *values[kBlock];
+  Places(const Call& call, const Tile& tile, int64_t block, const char* hidden) {
+    const int64_t apart = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * call.row_bytes;
+    const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0, end = at_most(tile.end_key - block, kBlock);
+    for (int64_t j = 0; j < kBlock; j++) keys[j] = values[j] = hidden;
+    for (int64_t j = begin; j < end;) {
+      const int64_t offset = (block + j) % call.page_tokens, last = at_most(j + call.page_tokens - offset, end);
+      const char* page = page_of(call, tile, (block + j) / call.page_tokens);
+      if (!page) j = last;
+      for (const char* at = page + offset * call.row_bytes; j < last; j++, at += call.row_bytes)
+        keys[j] = at, values[j] = at + apart;
+    }
+  }
+};
+
+// Vectors of a block, widened as they are read, and those in their places in the next block, which the hardware cannot
+// foresee. They go to the second-level cache: two blocks of keys and values do not fit the first.
+template <class Rows>
+struct InPlace {
+  const char* const* rows;
+  const char* const* next;
+  int64_t dim;
+  Floats operator()(int64_t j, int64_t d) const { return Rows::at(rows[j], d, dim); }
+  void foresee(int64_t j, int64_t first, int64_t count) const {
+    for (int64_t at = Rows::bytes(first); at < Rows::bytes(first + count); at += 64) __builtin_prefetch(next[j] + at, 0, 2);
+  }
+};
 
 void clear_keys(const Call& call, const Work& work, int64_t first, int64_t last) {
   if (first >= last) return;
@@ -159,15 +195,15 @@ float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float s
   return keep;
 }
 
-template <class Rows>
-void attend_block(const Call& call, const Tile& tile, int64_t block, const Work& work, State state) {
-  const int64_t padded = call.padded(), value_padded = call.value_padded(), stride = call.value_stride();
-  const int64_t count = at_most(tile.end_key - block, kBlock);
-  gather<Rows>(call, tile, block, work);
+// Advances the rows' states by a block of keys and values.
+template <class Vectors>
+void attend_vectors(const Call& call, const Tile& tile, int64_t block, const Work& work, State state, Vectors keys,
+                    Vectors values) {
+  const int64_t padded = call.padded(), value_padded = call.value_padded(), count = at_most(tile.end_key - block, kBlock);
   in_fours(tile.rows, [&](int64_t r, int height) {
-    constexpr void (*by_height[])(const float*, const float*, float*, int64_t, int64_t) = {score<1>, score<2>, score<3>,
-                                                                                          score<4>};
-    by_height[height - 1](work.q + r * padded, work.keys, work.scores + r * kBlock, count, padded);
+    constexpr void (*by_height[])(const float*, const Vectors&, float*, int64_t, int64_t) = {
+        score<1, Vectors>, score<2, Vectors>, score<3, Vectors>, score<4, Vectors>};
+    by_height[height - 1](work.q + r * padded, keys, work.scores + r * kBlock, count, padded);
   });
   for (int64_t r = 0; r < tile.rows; r++) {
     const int64_t position = tile.position(r), head = tile.query_head(r);
@@ -181,11 +217,22 @@ void attend_block(const Call& call, const Tile& tile, int64_t block, const Work&
                          state.total[r]);
   }
   in_fours(tile.rows, [&](int64_t r, int height) {
-    constexpr void (*by_height[])(float*, const float*, const float*, const float*, int64_t, int64_t, int64_t) = {
-        add_values<1>, add_values<2>, add_values<3>, add_values<4>};
-    by_height[height - 1](state.out + r * value_padded, work.keep + r, work.scores + r * kBlock, work.values, count,
-                          value_padded, stride);
+    constexpr void (*by_height[])(float*, const float*, const float*, const Vectors&, int64_t, int64_t) = {
+        add_values<1, Vectors>, add_values<2, Vectors>, add_values<3, Vectors>, add_values<4, Vectors>};
+    by_height[height - 1](state.out + r * value_padded, work.keep + r, work.scores + r * kBlock, values, count, value_padded);
   });
+}
+
+template <class Rows>
+void attend_block(const Call& call, const Tile& tile, int64_t block, const Work& work, State state) {
+  if (tile.rows > kFewRows || call.dim % lanes || call.value_dim % lanes) {
+    gather<Rows>(call, tile, block, work);
+    attend_vectors(call, tile, block, work, state, Widened{work.keys, call.padded()}, Widened{work.values, call.value_stride()});
+    return;
+  }
+  const Places here(call, tile, block, work.zeros), next(call, tile, block + kBlock, work.zeros);
+  attend_vectors(call, tile, block, work, state, InPlace<Rows>{here.keys, next.keys, call.dim},
+                 InPlace<Rows>{here.values, next.values, call.dim});
 }
 
 template <class Rows>
