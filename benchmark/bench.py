@@ -106,12 +106,12 @@ def main() -> None:
     args = parse(scenarios)
     chosen = args.scenarios or [s for s in scenarios if s.usual]
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended on the way out
     model = make(args.models / args.shape, args.shape)
     only = args.only.split(",") if args.only else None
     peers = [p for p in find(ROOT, args.llama_cpp, args.vllm, args.threads) if only is None or p.name in only]
     limits = None if args.no_limits else Limits(args.threads)
     with contextlib.closing(Pool(args.out)) as pool:
+        signal.signal(signal.SIGTERM, lambda *_: (pool.kill(), sys.exit(143)))  # answers under way end with their servers
         for place, scenario in enumerate(chosen):
             file = args.out / f"{scenario.name}.json"
             fresh = not (args.add and file.exists())

@@ -161,6 +161,14 @@ def test_only_the_server_that_is_measured_runs(tmp_path):
     assert not running_in(pids)
 
 
+def test_servers_held_still_can_be_ended_at_once(tmp_path):
+    pool = Pool(tmp_path)
+    server = pool.get(Spinning(), Setup(Model(tmp_path)))
+    pool.kill()
+    assert not running_in([server.process.pid])
+    pool.close()
+
+
 def test_an_interrupted_start_leaves_no_process(tmp_path, monkeypatch):
     pids = []
 

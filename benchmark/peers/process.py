@@ -105,6 +105,10 @@ class Running:
                 peaks.append(int(found[1]) * 1024)
         return max(peaks)
 
+    def kill(self) -> None:
+        """End all of it by force."""
+        self._signal(signal.SIGKILL, tree(self.process.pid))
+
     def stop(self) -> None:
         """End all of it, by force after twenty seconds."""
         pids = tree(self.process.pid)
@@ -148,6 +152,11 @@ class Pool:
     def drop(self, peer: Peer, setup: Setup) -> None:
         """End this one."""
         self.running.pop((peer.name, setup)).stop()
+
+    def kill(self) -> None:
+        """End all at once, whatever they are doing."""
+        for server in self.running.values():
+            server.kill()
 
     def close(self) -> None:
         """End all."""
