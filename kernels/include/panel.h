@@ -24,8 +24,9 @@ constexpr int vectors_at_once(int rows) { return kWide || rows > 3 ? 2 : 4; }
 // Panels that stream side by side: the few sums of a short tile would wait for their own latency.
 constexpr int panels_at_once(int rows) { return 2 * rows * vectors_at_once(rows) <= kSums ? 2 : 1; }
 
-// Inputs between two loads and stores of the sums. Blocks keep a piece of panel near for the next tile or pass.
-constexpr int64_t kBlock = kWide ? 512 : 256;
+// Bytes of a panel between two loads and stores of the sums: a piece stays in the first level of cache for the next tile or
+// pass.
+constexpr int64_t kPiece = 16384;
 // Rows of x that are laid out together.
 constexpr int64_t kSlab = 64 * kRows;
 
@@ -83,30 +84,34 @@ struct Dot {
 };
 #endif
 
+// Where a pass over a piece of panel reads ahead for those that follow it, and how far that moves on with each step.
+template <class W>
+struct Ahead {
+  const W* from;
+  int64_t step;
+};
+
 // Adds `steps` steps to the sums [P][R][kPanel] of R rows and P adjacent panels.
 template <class S, int R, int P>
-void tile(const typename S::Weight* panel, int64_t panel_size, const typename S::X* x, int64_t steps, float* sums,
-          bool resume) {
+void tile(const typename S::Weight* panel, int64_t panel_size, const typename S::X* x, int64_t steps, float* sums, bool resume,
+          Ahead<typename S::Weight> ahead) {
   constexpr int V = vectors_at_once(R), lanes = Floats::width;
-  // Far enough ahead for memory to answer, and across the pages where the hardware stops.
-  constexpr int64_t ahead = 4096 / sizeof(typename S::Weight);
   for (int part = 0; part < kVectors; part += V) {
     Floats s[P][R][V];
     for (int p = 0; p < P; p++)
       for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++)
           s[p][r][v] = resume ? Floats::load(sums + (p * R + r) * kPanel + (part + v) * lanes) : Floats::zero();
-    const typename S::Weight* w = panel + part * lanes * S::inputs;
+    const typename S::Weight *w = panel + part * lanes * S::inputs, *next = ahead.from + part * lanes * S::inputs;
     const typename S::X* at = x;
-    for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, at += R * S::values) {
+    for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, next += ahead.step, at += R * S::values) {
       S weights[P][V];
 #pragma GCC unroll 2
       for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
-          const typename S::Weight* from = w + p * panel_size + v * lanes * S::inputs;
-          __builtin_prefetch(from + ahead);
-          weights[p][v] = S(from);
+          prefetch(next + p * panel_size + v * lanes * S::inputs);
+          weights[p][v] = S(w + p * panel_size + v * lanes * S::inputs);
         }
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
@@ -124,7 +129,8 @@ void tile(const typename S::Weight* panel, int64_t panel_size, const typename S:
 }
 
 template <class S>
-using Tile = void (*)(const typename S::Weight*, int64_t, const typename S::X*, int64_t, float*, bool);
+using Tile = void (*)(const typename S::Weight*, int64_t, const typename S::X*, int64_t, float*, bool,
+                      Ahead<typename S::Weight>);
 
 template <class S>
 struct Tiles {
@@ -168,14 +174,14 @@ int64_t steps_of(int64_t inputs) {
 // Lays out the rows of x in pieces that threads can share; piece(i) for i below `count`.
 template <class S, class T>
 struct Layout {
-  static constexpr int64_t kPiece = 2048;
+  static constexpr int64_t kInputs = 2048;
   const Product& product;
   const Rows& rows;
   typename S::X* to;
-  int64_t padded = steps_of<S>(product.inputs) * S::inputs, across = (padded + kPiece - 1) / kPiece, count = rows.tiles * across;
+  int64_t padded = steps_of<S>(product.inputs) * S::inputs, across = (padded + kInputs - 1) / kInputs, count = rows.tiles * across;
 
   void piece(int64_t i) const {
-    const int64_t t = i / across, first = i % across * kPiece, last = first + kPiece < padded ? first + kPiece : padded;
+    const int64_t t = i / across, first = i % across * kInputs, last = first + kInputs < padded ? first + kInputs : padded;
     const T* from = (const T*)product.x + rows.begin(t) * product.stride;
     lay_out<kRows>(to + rows.begin(t) * steps_of<S>(product.inputs) * S::values, from, product.stride, rows.height(t), first, last,
                    product.inputs);
@@ -190,43 +196,48 @@ inline int64_t panels_of_a_task(const Rows& rows, int64_t panels, int64_t runs) 
   return group;
 }
 
-// A task: adjacent panels against adjacent tiles.
+// Rounds the sums of a tile and a panel to their place in the output.
+inline void store(const Product& product, const Rows& rows, int64_t tile, int64_t panel, const float* sums) {
+  const int64_t n = panel * kPanel, count = product.outputs - n < kPanel ? product.outputs - n : kPanel;
+  with_dtype(product.out_dtype, [&](auto type) {
+    auto* out = (typename decltype(type)::type*)product.out + rows.begin(tile) * product.outputs;
+    for (int64_t r = 0; r < rows.height(tile); r++)
+      finish(out + r * product.outputs, sums + r * kPanel, product.bias, product.bias_dtype, n, count);
+  });
+}
+
+// A task: adjacent panels against adjacent tiles. A panel streams past once: piece after piece meets every tile, and while it
+// does, their passes share in fetching the next.
 template <class S>
 void multiply(const Product& product, const Rows& rows, const typename S::X* x, int64_t first_panel, int64_t last_panel,
               int64_t first_tile, int64_t last_tile) {
   using W = typename S::Weight;
-  const int64_t steps = steps_of<S>(product.inputs), panel_size = steps * kPanel * S::inputs;
-  const int64_t across = last_panel - first_panel;
-  const bool streaming = kWide && last_tile - first_tile == 1;
-  const int64_t block = streaming ? steps : kBlock / S::inputs;
-  float* sums = (float*)scratch(kTask, (last_tile - first_tile) * kRows * across * kPanel * sizeof(float));
-  for (int64_t step = 0; step < steps; step += block) {
-    const int64_t count = steps - step < block ? steps - step : block;
-    for (int64_t t = first_tile; t < last_tile; t++) {
-      const int height = rows.height(t), pair = panels_at_once(height);
-      const typename S::X* tile_x = x + rows.begin(t) * steps * S::values + step * height * S::values;
-      float* to = sums + (t - first_tile) * kRows * across * kPanel;
-      for (int64_t p = first_panel; p < last_panel;) {
-        const W* panel = (const W*)product.panels + p * panel_size + step * kPanel * S::inputs;
-        const int taken = last_panel - p >= pair ? pair : 1;
+  constexpr int64_t step_size = kPanel * S::inputs, piece = kPiece / (step_size * sizeof(W));
+  const int64_t steps = steps_of<S>(product.inputs), panel_size = steps * step_size, tiles = last_tile - first_tile;
+  const bool streaming = kWide && tiles == 1;
+  // Far enough ahead for memory to answer, and across the pages where the hardware stops.
+  const int64_t block = streaming ? steps : piece, reach = streaming ? 4096 / sizeof(W) : block * step_size;
+  const int pair = tiles == 1 ? panels_at_once(rows.height(first_tile)) : 1;
+  float* sums = (float*)scratch(kTask, tiles * kRows * pair * kPanel * sizeof(float));
+  for (int64_t p = first_panel; p < last_panel;) {
+    const int taken = last_panel - p >= pair ? pair : 1;
+    const W* panel = (const W*)product.panels + p * panel_size;
+    for (int64_t step = 0; step < steps; step += block) {
+      const int64_t count = steps - step < block ? steps - step : block;
+      for (int64_t t = 0; t < tiles; t++) {
+        const int height = rows.height(first_tile + t);
         const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
-        run(panel, panel_size, tile_x, count, to, step > 0);
-        to += taken * height * kPanel;
-        p += taken;
+        const W* from = panel + step * step_size;
+        const Ahead<W> ahead{from + reach + count * step_size * t / tiles, step_size / tiles};
+        const typename S::X* tile_x = x + (rows.begin(first_tile + t) * steps + step * height) * S::values;
+        run(from, panel_size, tile_x, count, sums + t * kRows * kPanel, step > 0, ahead);
       }
     }
+    for (int64_t t = 0; t < tiles; t++)
+      for (int n = 0; n < taken; n++)
+        store(product, rows, first_tile + t, p + n, sums + (t * kRows + n * rows.height(first_tile + t)) * kPanel);
+    p += taken;
   }
-  with_dtype(product.out_dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    for (int64_t t = first_tile; t < last_tile; t++) {
-      const float* from = sums + (t - first_tile) * kRows * across * kPanel;
-      for (int64_t p = first_panel; p < last_panel; p++) {
-        const int64_t n = p * kPanel, count = product.outputs - n < kPanel ? product.outputs - n : kPanel;
-        for (int64_t r = 0; r < rows.height(t); r++, from += kPanel)
-          finish((T*)product.out + (rows.begin(t) + r) * product.outputs, from, product.bias, product.bias_dtype, n, count);
-      }
-    }
-  });
 }
 
 }  // namespace
