@@ -19,7 +19,8 @@ _chunk = torch.empty(0, dtype=torch.uint8)
 
 def large(bytes_: int) -> Tensor:
     """Memory of its own for this many bytes, in large pages where the system has them. -> [bytes] uint8, zeros"""
-    memory = mmap.mmap(-1, bytes_ + PAGE)
+    # Private: shared memory has large pages only where the system was told so.
+    memory = mmap.mmap(-1, bytes_ + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -whole.data_ptr() % PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
