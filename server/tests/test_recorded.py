@@ -50,10 +50,14 @@ def test_recorded_steps_give_the_bits_of_those_that_are_not(row, engines, replay
 def test_recorded_steps_of_adapters_give_the_bits_of_those_that_are_not(engines, adapter, replays, monkeypatch):
     ranks = engines("llama")
 
-    def run() -> dict:
-        ranks.reserve(adapter_bytes=1 << 24)
-        ranks.load(3, adapter("rank8"))
-        return answers(ranks, handles=(0, 3))
+    def run() -> list[dict]:
+        """As many rows each time, and the adapter on other ones."""
+        found = []
+        for handles in ((0, 3), (3, 0), (0,)):
+            ranks.reserve(adapter_bytes=1 << 24)
+            ranks.load(3, adapter("rank8"))
+            found.append(answers(ranks, handles))
+        return found
 
     found = run()
     assert replays
