@@ -79,9 +79,13 @@ class Recording(TorchDispatchMode):
         device = kwargs.get("device")
         if func is _empty and (device is None or device.type == "cpu"):
             return self._arena.take(args[0], kwargs.get("dtype") or torch.get_default_dtype())
-        # Views compute nothing; anything else would be missing from what is replayed.
-        self.whole &= all(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        # Views compute nothing; anything else would be missing from what is replayed. A reshape may be either.
+        writes = any(result.alias_info is None or result.alias_info.is_write for result in func._schema.returns)
+        read = {_memory(given) for given in args if isinstance(given, Tensor)}
+        results = made if isinstance(made, list | tuple) else (made,)
+        self.whole &= not writes and all(_memory(result) in read for result in results if isinstance(result, Tensor))
+        return made
 
     def replay(self) -> None:
         """Make the calls again, over what now lies where the pass found its tensors."""
@@ -104,6 +108,10 @@ class Recording(TorchDispatchMode):
             self._calls.append(call)
 
         return run
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def can_replay() -> bool:

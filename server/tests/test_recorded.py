@@ -47,6 +47,16 @@ def test_recorded_steps_give_the_bits_of_those_that_are_not(row, engines, replay
 
 
 @needs_library
+@pytest.mark.parametrize("row", ("qwen3", "gemma3", "exaone4", "phi_normed_heads", "mixtral", "olmo2"))
+def test_what_torch_computes_between_kernels_is_never_left_out(row, engines, monkeypatch):
+    ranks = engines(row)
+    found = answers(ranks)
+    monkeypatch.setattr(recorded.RecordedSteps, "layers", lambda self, x, batch: None)
+    ranks.reserve()
+    assert answers(ranks) == found
+
+
+@needs_library
 def test_recorded_steps_of_adapters_give_the_bits_of_those_that_are_not(engines, adapter, replays, monkeypatch):
     ranks = engines("llama")
 
