@@ -77,9 +77,9 @@ pub struct Args {
     /// Most tokens of prompt and answer together; by default what model and memory allow
     #[arg(long, env)]
     pub max_total_tokens: Option<u32>,
-    /// Most tokens computed in one step
-    #[arg(long, env, default_value_t = 512)]
-    pub max_batch_prefill_tokens: u32,
+    /// Most tokens computed in one step; by default 512, or as many as the longest source that an encoder reads at once
+    #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_batch_prefill_tokens: Option<u32>,
     /// Tokens of KV cache; by default what memory allows
     #[arg(long, env)]
     pub max_batch_total_tokens: Option<u64>,

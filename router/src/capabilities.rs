@@ -5,6 +5,11 @@ use kvrun_proto::Description;
 /// Most tokens of a sequence whose state costs the same at any length, where neither model nor operator says otherwise.
 const ENDLESS: u32 = 32_768;
 
+/// Tokens of a step, where neither model nor operator wants more.
+const USUAL_STEP: u32 = 512;
+/// Longest source of an encoder, where neither model nor operator says otherwise.
+const USUAL_SOURCE: u32 = 4096;
+
 /// Something that other models do and this one does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Off {
@@ -28,11 +33,10 @@ pub fn off(model: &Description) -> Vec<Off> {
         off.push(row("prefix_cache", whole));
         let forward = "a recurrent state cannot be taken back to before a draft that was refused";
         off.push(row("speculation", forward));
-    } else if keeps(model, "memory") {
-        let own = "every layer reads a memory of its own request, so that equal tokens do not make equal pages";
-        off.push(row("prefix_cache", own));
     }
     if model.decoder_start.is_some() {
+        let own = "every layer reads the source of its own request, so that equal tokens do not make equal pages";
+        off.push(row("prefix_cache", own));
         let encoder = "an encoder reads the prompt and predicts none of its tokens";
         off.push(row("prompt_logprobs", encoder));
     }
@@ -56,6 +60,20 @@ pub fn pages(model: &Description, pool_tokens: u64, rows: u32, asked: u32) -> u6
         return longest * u64::from(rows);
     }
     pool_tokens.div_ceil(width)
+}
+
+/// Most tokens of one step; `asked` and `longest`, of a sequence, are the operator's, 0 when none. An encoder reads a source
+/// in one step, so that steps are to hold the longest.
+pub fn step_tokens(model: &Description, asked: u32, longest: u32) -> u32 {
+    let whole = match (model.decoder_start, longest) {
+        (None, _) => 0,
+        (Some(_), 0) => USUAL_SOURCE,
+        (Some(_), longest) => longest,
+    };
+    match asked {
+        0 => whole.max(USUAL_STEP),
+        asked => asked,
+    }
 }
 
 fn keeps(model: &Description, kind: &str) -> bool {
@@ -91,9 +109,29 @@ mod tests {
             ["prefix_cache", "speculation"]
         );
         let mut encoder = model(&["pages", "memory"], 1024);
-        assert_eq!(features(&encoder), ["prefix_cache"]);
+        assert_eq!(
+            features(&encoder),
+            [""; 0],
+            "images are a part of what is shared"
+        );
         encoder.decoder_start = Some(0);
         assert_eq!(features(&encoder), ["prefix_cache", "prompt_logprobs"]);
+    }
+
+    #[test]
+    fn a_step_holds_the_longest_source() {
+        let text = model(&["pages"], 1024);
+        assert_eq!(
+            (step_tokens(&text, 0, 9000), step_tokens(&text, 64, 9000)),
+            (512, 64)
+        );
+        let encoder = Description {
+            decoder_start: Some(0),
+            ..model(&["pages", "memory"], 1024)
+        };
+        let steps = |asked, longest| step_tokens(&encoder, asked, longest);
+        assert_eq!((steps(0, 0), steps(0, 2000)), (4096, 2000));
+        assert_eq!((steps(0, 20), steps(700, 2000)), (512, 700));
     }
 
     #[test]

@@ -127,6 +127,9 @@ pub enum Failure {
     /// The shard failed this row and only this row (424 `generation`).
     #[error("{0}")]
     Row(String),
+    /// One of its images cannot be shown to the model (422).
+    #[error("{0}")]
+    Image(String),
     /// Its deadline passed (504 `deadline`).
     #[error(
         "the request's deadline passed before the answer was complete; allow more time or ask for fewer tokens"

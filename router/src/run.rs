@@ -159,7 +159,7 @@ fn start(args: Args) -> Result<(), Fatal> {
         .map_err(|error| Fatal::new(70, error))?;
     let options = EngineOptions {
         sockets: args.sockets(),
-        step_tokens: args.max_batch_prefill_tokens,
+        step_tokens: args.max_batch_prefill_tokens.unwrap_or(0),
         step_rows: args.max_batch_size,
         max_total_tokens: args.max_total_tokens.unwrap_or(0),
         pool_tokens: args.max_batch_total_tokens.unwrap_or(0),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures::future::join_all;
-use kvrun_fake_shard::{FakeShard, tokens};
+use kvrun_fake_shard::{FakeShard, Mark, tokens};
 use kvrun_proto::image_rule::Layout;
 use kvrun_proto::{FixedImage, ImageRule, ImageSize, Sampling, TiledImage};
 use kvrun_router::images::ImageSettings;
@@ -19,17 +19,17 @@ const MARKER: u32 = served::VOCABULARY;
 const PART: u32 = MARKER + 1;
 const VOCABULARY: u32 = MARKER + 2;
 
-/// What an image of the fixed kind becomes: its parts between brackets.
-fn fixed() -> Vec<u32> {
-    let parts = std::iter::repeat_n(PART, 20);
-    std::iter::once(60).chain(parts).chain([62]).collect()
-}
+/// Ids of a picture of the fixed kind, between brackets.
+const FEATURES: usize = 20;
 
 fn rule() -> ImageRule {
     ImageRule {
         marker: "<image>".to_owned(),
         token: PART,
-        layout: Some(Layout::Fixed(FixedImage { ids: fixed() })),
+        text: "<<part>>".to_owned(),
+        layout: Some(Layout::Fixed(FixedImage {
+            features: FEATURES as u32,
+        })),
         ..Default::default()
     }
 }
@@ -37,17 +37,19 @@ fn rule() -> ImageRule {
 fn takes(setup: &mut Setup, rule: ImageRule) {
     setup.shard.images = Some(rule);
     setup.shard.vocabulary = VOCABULARY;
-    // The model's folder is there already; its tokenizer learns the marker.
+    // The model's folder is there already; its tokenizer learns what stands for images.
     let home = setup.settings.lora_dir.as_ref().unwrap().parent().unwrap();
     let file = home.join("tokenizer.json");
     let mut tokenizer: Value =
         serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-    let marker = json!({"id": MARKER, "content": "<image>", "single_word": false, "lstrip": false,
-        "rstrip": false, "normalized": false, "special": true});
+    let special = |(id, content)| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true})
+    };
     tokenizer["added_tokens"]
         .as_array_mut()
         .unwrap()
-        .push(marker);
+        .extend([(MARKER, "<image>"), (PART, "<part>")].map(special));
     std::fs::write(file, tokenizer.to_string()).unwrap();
 }
 
@@ -78,15 +80,9 @@ enum Piece<'a> {
     Image(&'a [u8], usize),
 }
 
-/// The greedy answer to a prompt of pieces, under an image memory if there is one.
-fn answer(pieces: &[Piece<'_>], looks: bool, count: u32) -> Vec<u32> {
-    let images = pieces.iter().filter_map(|piece| match piece {
-        Piece::Image(image, _) => Some(tokens::seen(image)),
-        Piece::Text(_) => None,
-    });
-    let memory: Vec<u64> = images.filter(|_| looks).collect();
-    let root = tokens::root_beside(tokens::root(""), &memory);
-    let mut chain = tokens::extend(root, BOS);
+/// The greedy answer to a prompt of pieces; images have so many ids, or those of the fixed kind.
+fn answer(pieces: &[Piece<'_>], count: u32) -> Vec<u32> {
+    let mut chain = tokens::extend(tokens::root(""), BOS);
     for piece in pieces {
         chain = match piece {
             Piece::Text(text) => text
@@ -94,9 +90,10 @@ fn answer(pieces: &[Piece<'_>], looks: bool, count: u32) -> Vec<u32> {
                 .fold(chain, |chain, byte| tokens::extend(chain, u32::from(byte))),
             Piece::Image(image, 0) => {
                 let seen = tokens::seen(image);
-                fixed()
-                    .into_iter()
-                    .fold(chain, |chain, id| tokens::extend_seen(chain, id, seen))
+                let opened = tokens::extend(chain, u32::from(b'<'));
+                let parts =
+                    (0..FEATURES).fold(opened, |chain, _| tokens::extend_seen(chain, PART, seen));
+                tokens::extend(parts, u32::from(b'>'))
             }
             Piece::Image(image, parts) => {
                 let seen = tokens::seen(image);
@@ -131,13 +128,13 @@ async fn markdown_images_are_seen_and_counted() {
         Piece::Image(&dog, 0),
         Piece::Text("."),
     ];
-    let expected = server.text(&answer(&pieces, false, 8));
+    let expected = server.text(&answer(&pieces, 8));
     let response = server
         .post("/generate", body(text.clone()))
         .send()
         .await
         .unwrap();
-    let tokens = 1 + "A  and .".len() + 2 * fixed().len();
+    let tokens = 1 + "A  and .".len() + 2 * (FEATURES + 2);
     assert_eq!(
         response.headers()["x-prompt-tokens"],
         tokens.to_string().as_str()
@@ -163,13 +160,13 @@ async fn a_chat_shows_images_in_their_places() {
     ];
     let (status, answered) = server.ask("/v1/chat/completions", chat(content)).await;
     assert_eq!(status, 200, "{answered}");
-    let expected = server.text(&answer(&pieces, false, 8));
+    let expected = server.text(&answer(&pieces, 8));
     assert_eq!(answered["choices"][0]["message"]["content"], expected);
     // Markdown in a chat is text, and an image model reads plain texts as well.
     let plain = "see ![](http://localhost/x.png)";
     let (_, answered) = server.ask("/v1/chat/completions", chat(json!(plain))).await;
     let pieces = format!("<user>{plain}<assistant>");
-    let expected = server.text(&answer(&[Piece::Text(&pieces)], false, 8));
+    let expected = server.text(&answer(&[Piece::Text(&pieces)], 8));
     assert_eq!(answered["choices"][0]["message"]["content"], expected);
     server.idle().await;
 }
@@ -189,16 +186,12 @@ async fn a_template_that_reads_parts_only_is_given_parts() {
     let content = json!([{"type": "text", "text": "Who?"}, url_part(&data_url(&cat))]);
     let (status, answered) = server.ask("/v1/chat/completions", chat(content)).await;
     assert_eq!(status, 200, "{answered}");
-    let expected = server.text(&answer(
-        &[Piece::Image(&cat, 0), Piece::Text("Who?")],
-        false,
-        8,
-    ));
+    let expected = server.text(&answer(&[Piece::Image(&cat, 0), Piece::Text("Who?")], 8));
     assert_eq!(answered["choices"][0]["message"]["content"], expected);
     let (_, answered) = server
         .ask("/v1/chat/completions", chat(json!("Who?")))
         .await;
-    let expected = server.text(&answer(&[Piece::Text("Who?")], false, 8));
+    let expected = server.text(&answer(&[Piece::Text("Who?")], 8));
     assert_eq!(answered["choices"][0]["message"]["content"], expected);
     server.idle().await;
 }
@@ -212,6 +205,7 @@ async fn a_tiled_image_is_counted_by_its_size() {
         grids: vec![grid(28, 56), grid(56, 28), grid(56, 56)],
     };
     let rule = ImageRule {
+        text: "<part>".to_owned(),
         layout: Some(Layout::Tiled(tiled)),
         ..rule()
     };
@@ -222,7 +216,7 @@ async fn a_tiled_image_is_counted_by_its_size() {
         .await;
     assert_eq!(
         whole["generated_text"],
-        server.text(&answer(&[Piece::Image(&wide, 14)], false, 8))
+        server.text(&answer(&[Piece::Image(&wide, 14)], 8))
     );
     server.idle().await;
 }
@@ -255,7 +249,7 @@ async fn the_same_image_shares_pages_and_another_shares_none_of_its_own() {
         );
         let (other, cached) = ask(&dog).await;
         assert_ne!(other, first);
-        // Positions 21 to 42 are the image; the page before it is shared, the one in which it begins is not.
+        // Positions 22 to 41 are the image; the page before it is shared, the one in which it begins is not.
         assert_eq!(cached, 16);
         server.idle().await;
     }
@@ -266,7 +260,7 @@ async fn a_shared_prefix_does_not_end_within_an_image_whose_ids_see_each_other()
     let ends = async |together: bool| {
         let server = seeing(ImageRule { together, ..rule() }).await;
         let image = data_url(&png(4, 4, b"cat"));
-        // The image is at 21 to 42 and the prompt ends right behind it: pages of 16 end at 16 and at 32.
+        // The image is at 22 to 41 and the prompt ends right behind it: pages of 16 end at 16 and at 32.
         let text = format!("{}![]({image})!", "x".repeat(20));
         server.ask("/generate", body(text.clone())).await;
         let (_, answer) = server.ask("/generate", body(text)).await;
@@ -310,17 +304,13 @@ async fn images_and_their_memory_are_sent_again_after_the_death_of_a_shard() {
             ];
             assert_eq!(
                 (status, &whole["generated_text"]),
-                (200, &json!(server.text(&answer(&pieces, true, 60))))
+                (200, &json!(server.text(&answer(&pieces, 60))))
             );
-            assert_eq!(whole["details"]["cached_tokens"], 0);
         }
     }
     server.idle().await;
     let (_, info) = server.look("/info").await;
-    assert_eq!(
-        (&info["images"], &info["off"]["prefix_cache"].is_string()),
-        (&json!(true), &true)
-    );
+    assert_eq!((&info["images"], &info["off"]), (&json!(true), &json!({})));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -442,11 +432,74 @@ async fn images_that_cannot_be_read_are_refused_with_the_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_the_shard_cannot_read_is_refused_before_the_first_byte() {
+    let server = seeing(rule()).await;
+    let error = "bad_image: the image cannot be read: broken data";
+    server
+        .shard
+        .faults()
+        .mark(PART, Mark::RowError(error.to_owned()));
+    let url = data_url(&png(4, 4, b"x"));
+    let streamed = |mut body: Value| {
+        body["stream"] = json!(true);
+        body
+    };
+    let (plain, parts) = (body(format!("![]({url})")), chat(json!([url_part(&url)])));
+    for (route, body, expected) in [
+        ("/generate", plain.clone(), 422),
+        ("/generate_stream", plain.clone(), 422),
+        ("/", streamed(plain), 422),
+        ("/v1/chat/completions", parts.clone(), 400),
+        ("/v1/chat/completions", streamed(parts), 400),
+    ] {
+        let (status, refused) = server.ask(route, body).await;
+        let message = match expected {
+            422 => {
+                assert_eq!(refused["error_type"], "validation");
+                &refused["error"]
+            }
+            _ => &refused["error"]["message"],
+        };
+        assert_eq!(
+            (status, message.as_str().unwrap()),
+            (expected, "the image cannot be read: broken data"),
+            "{route}"
+        );
+    }
+    server.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_beside_each_other_share_their_border() {
+    let rule = ImageRule {
+        text: "|<part>|".to_owned(),
+        border: "|".to_owned(),
+        ..rule()
+    };
+    let server = seeing(rule).await;
+    let url = data_url(&png(4, 4, b"x"));
+    let tokens = async |text: String| {
+        let response = server.post("/generate", body(text)).send().await.unwrap();
+        let found = response.headers()["x-prompt-tokens"].to_str().unwrap();
+        found.parse::<usize>().unwrap()
+    };
+    assert_eq!(
+        tokens(format!("![]({url})![]({url})")).await,
+        1 + 2 * FEATURES + 3
+    );
+    assert_eq!(
+        tokens(format!("![]({url}) ![]({url})")).await,
+        1 + 2 * FEATURES + 5
+    );
+    server.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_image_larger_than_a_step_is_refused_where_it_must_not_be_cut() {
     for (together, expected) in [(true, 422), (false, 200)] {
         let server = serve_with(|setup| {
             takes(setup, ImageRule { together, ..rule() });
-            setup.engine.step_tokens = 21;
+            setup.engine.step_tokens = 19;
         })
         .await;
         let inputs = format!("![]({})", data_url(&png(4, 4, b"x")));

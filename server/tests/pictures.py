@@ -5,14 +5,18 @@ import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from kvrun.engine.images import Image as Shown
-from kvrun.spec import Images
+from kvrun.spec import Images, Quarters
 from kvrun.vision.tiles import Size, count
 from PIL import Image, ImageDraw
 from tiny import oracle_model
+
+AROUND = 258
 
 
 def picture(width: int, height: int, seed: int = 0, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -44,9 +48,9 @@ def pillow(data: bytes) -> Image.Image:
 
 
 def ids_of(images: Images, data: bytes) -> list[int]:
-    """The ids that an image becomes, as the router makes them of the published rule."""
-    if images.ids:
-        return list(images.ids)
+    """The ids that an image becomes, and where a picture has a fixed number of them, one id around each."""
+    if images.features:
+        return [AROUND, *([images.token] * images.features + [AROUND]) * (5 if isinstance(images.cutting, Quarters) else 1)]
     (width, height), cutting = pillow(data).size, images.cutting
     return [images.token] * count(Size(height, width), cutting.side, cutting.tokens, cutting.grids)
 
@@ -58,15 +62,25 @@ def prompt(images: Images, parts: Sequence[list[int] | bytes]) -> tuple[list[int
     for part in parts:
         if isinstance(part, bytes):
             ids = ids_of(images, part)
-            shown.append(Shown(part, len(tokens), len(ids)))
+            first, last = ids.index(images.token), len(ids) - ids[::-1].index(images.token)
+            shown.append(Shown(part, len(tokens) + first, last - first))
             tokens += ids
         else:
             tokens += part
     return tokens, shown
 
 
+# What transformers' processors are told of tiny models beside their files.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "LlavaNext": {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "Idefics2": {"image_seq_len": 5},
+    "Gemma3": {"image_seq_length": 9},
+}
+SPECIALS = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+
+
 class Oracle:
-    """transformers' image processor and model of a tiny checkpoint."""
+    """transformers' processors and model of a tiny checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         import transformers
@@ -76,6 +90,20 @@ class Oracle:
         added = json.loads((Path(folder) / "tokenizer.json").read_text())["added_tokens"]
         self.tokens = {token["content"]: token["id"] for token in added}
         self.processor = getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(folder)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        own = {name: token for name, token in SPECIALS.items() if token in self.tokens}
+        file = str(Path(folder) / "tokenizer.json")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, extra_special_tokens=own, **names)
+        self.whole = getattr(transformers, f"{kind}Processor")(self.processor, tokenizer, **PROCESSORS.get(kind, {}))
+
+    def ids(self, parts: Sequence[str | bytes], marker: str) -> list[int]:
+        """What texts and images after each other become, without what begins every prompt."""
+        seen = [pillow(part) if isinstance(part, bytes) else part for part in parts]
+        files = [part for part in seen if not isinstance(part, str)]
+        if self.model.config.model_type == "idefics":
+            return self.whole(text=[seen], return_tensors="pt")["input_ids"][0, 1:].tolist()
+        text = "".join(part if isinstance(part, str) else marker for part in seen)
+        return self.whole(text=text, images=files or None, return_tensors="pt")["input_ids"][0].tolist()
 
     def logits(self, tokens: Sequence[int], files: Sequence[bytes] = ()) -> torch.Tensor:
         """Of every token, [tokens, vocabulary]."""
@@ -96,8 +124,12 @@ class Oracle:
         return {name: tensor for name, tensor in seen.items() if name != "num_crops"}
 
     def _looked_at(self, ids: torch.Tensor, files: Sequence[bytes]) -> dict[str, torch.Tensor]:
-        """Pixels, and which image each token looks at: the last before it."""
+        """Pixels, and which image each token looks at."""
+        from transformers.models.idefics import processing_idefics
+
         side, count = self.model.config.vision_config.image_size, max(len(files), 1)
         seen = self.pixels(files)["pixel_values"] if files else torch.zeros(1, 3, side, side)
-        last = (ids == self.tokens["<image>"]).cumsum(1) - 1
-        return {"pixel_values": seen[None], "image_attention_mask": (last[..., None] == torch.arange(count)).long()}
+        tokenizer = SimpleNamespace(eos_token_id=self.model.config.eos_token_id, convert_tokens_to_ids=self.tokens.get)
+        last, _ = processing_idefics.image_attention_mask_for_packed_input_ids(ids, tokenizer, "pt")
+        mask = processing_idefics.incremental_to_binary_attention_mask(last, "pt", num_classes=count)
+        return {"pixel_values": seen[None], "image_attention_mask": mask}

@@ -150,20 +150,23 @@ def test_what_a_published_llava_says_of_images(tmp_path):
 
 def test_what_a_published_idefics_says_of_images(tmp_path):
     images = model_of(Config.read(folder_of("idefics2-8b", tmp_path, newer=False))).images
-    assert images.ids == (32000, *(32001,) * 64) * 5 + (32000,)
+    assert images.text == "<fake_token_around_image><image>" * 5 + "<fake_token_around_image>"
+    assert (images.border, images.token, images.features) == ("<fake_token_around_image>", 32001, 64)
 
 
 def test_what_a_published_first_idefics_says_of_images(tmp_path):
     model = model_of(Config.read(folder_of("idefics-9b", tmp_path, newer=False)))
-    assert model.images.ids == (32000, 32001, 32000) and model.images.memory == 64
+    assert model.images.text == "<fake_token_around_image><image><fake_token_around_image>"
+    assert (model.images.token, model.images.features, model.images.memory) == (32001, 1, 64)
     assert len(model.decoder.layers) == 32 + 8 and model.decoder.embed.vocabulary == 32002
 
 
 def test_what_a_published_gemma_says_of_images(tmp_path):
     config = Config.read(folder_of("gemma-3-4b-it", tmp_path, newer=False))
     images = model_of(config).images
-    assert images.ids == (108, 255999, *(262144,) * 256, 256000, 108) and images.together
-    assert images.marker == "<start_of_image>" and config.end_tokens == (1, 106)
+    assert images.text == "\n\n<start_of_image><image_soft_token><end_of_image>\n\n" and images.together
+    assert (images.token, images.features, images.marker) == (262144, 256, "<start_of_image>")
+    assert config.end_tokens == (1, 106)
 
 
 REFUSED = {

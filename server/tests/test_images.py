@@ -1,7 +1,6 @@
 """Images among text: logits equal transformers', however prompts are cut and batched, and a broken image fails alone."""
 
 import json
-import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -26,10 +25,10 @@ from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.spec import Bounded, Residual
 from kvrun.vision.tiles import Size, count
 from pictures import Oracle, bomb, picture, prompt
+from tiny import TIE, behind, distance
 
 ROWS = ("llava_next", "llava_next_llama", "idefics2", "idefics2_whole", "gemma3_image", "idefics", "idefics_patches")
 CLOSE = 1e-3  # of the logits' standard deviation
-TIE = 3e-4  # of the same: closer than this, rounding decides which of two tokens is likelier
 PUBLISHED_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 COUNTED = Path(__file__).resolve().parents[2] / "router" / "tests" / "data" / "anyres.json"
 ALL = Sampling(prompt_logprobs=True)  # so that the engine asks for the logits of every prompt token
@@ -49,6 +48,12 @@ PARTS = {
     "two of different sizes": [text(3, 4), WIDE, text(2, 5), TALL, text(6, 6)],
     "two beside each other": [text(7, 7), CLEAR, GREY, text(3, 8)],
     "none": [text(21, 9)],
+}
+END = 2  # of a text: what comes behind it does not look at its images
+SEVERAL_TEXTS = {
+    "an end behind an image": [text(3, 1), WIDE, text(4, 2), [END], text(6, 3)],
+    "ends at every place": [[END], text(2, 4), [END], WIDE, [END, END], text(2, 5), TALL, text(3, 6), [END], text(3, 7), CLEAR, text(2, 8)],
+    "an image right behind an end": [WIDE, [END], TALL, text(5, 9), [END]],
 }
 
 
@@ -83,10 +88,6 @@ def features_of(oracle: Oracle, data: bytes) -> torch.Tensor:
     seen = oracle.pixels([data])
     with torch.inference_mode():
         return torch.cat([part.flatten(0, -2) for part in oracle.model.model.get_image_features(**seen).pooler_output])
-
-
-def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((logits - reference).abs().max() / reference.std()).item()
 
 
 def looked_at(ranks: Ranks, images: list[Shown]) -> int:
@@ -149,12 +150,17 @@ def test_an_answer_goes_on_behind_its_image_and_beside_other_rows(row, engines, 
     for sequence, (key, (tokens, _)) in enumerate(prompts.items()):
         answer = driver.answers[sequence][:12]
         # Ids beyond the tokenizer's are padding and never chosen.
-        limit = ranks.engines[0].model.vocabulary_limit
-        logits = expected(oracle(row), tokens + answer, PARTS[key])[len(tokens) - 1 : -1, :limit]
-        blank = torch.arange(limit) == spec.token
-        likeliest = logits.masked_fill(blank, -math.inf).max(-1).values
-        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert ((likeliest - chosen) / logits.std()).max() < TIE
+        logits = expected(oracle(row), tokens + answer, PARTS[key])[:, : ranks.engines[0].model.vocabulary_limit]
+        assert behind(logits, answer, barred=(spec.token,)) < TIE
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+@pytest.mark.parametrize("row", ["idefics", "idefics_patches"])
+def test_behind_the_end_of_a_text_its_images_are_not_seen(row, chunk, engines, oracle, heard):
+    ranks = engines(row)
+    prompts = [prompt(ranks.engines[0].model.spec.images, parts) for parts in SEVERAL_TEXTS.values()]
+    for (tokens, _), parts, logits in zip(prompts, SEVERAL_TEXTS.values(), logits_of(ranks, prompts, heard, chunk)):
+        assert distance(logits, expected(oracle(row), tokens, parts)) < CLOSE
 
 
 def seeing(change):
@@ -246,7 +252,7 @@ def test_the_tokens_of_an_image_must_be_computed_together_where_they_see_each_ot
     tokens, images = prompt(ranks.engines[0].model.spec.images, [text(3, 1), WIDE, text(3, 2)])
     driver = Driver(ranks.step)
     driver.add(0, tokens, 1, images=images)
-    with pytest.raises(ProtocolError, match="cut an image at 3 to 18, whose tokens see each other"):
+    with pytest.raises(ProtocolError, match="cut an image at 4 to 13, whose tokens see each other"):
         driver.turn(chunk=9)
 
 
@@ -278,6 +284,20 @@ def test_an_image_whose_pages_another_sequence_filled_is_not_encoded_again(engin
     again = Step(
         2, [], [Admit(1, tokens, len(tokens), Sampling(), 0, images)], [Row(1, begin, len(tokens) - begin, [*shared, *own], True, [])]
     )
+    assert [token.id for token in ranks.step(again).rows[0].tokens] == driver.answers[0][:1]
+
+
+def test_an_image_in_pages_that_another_sequence_filled_is_looked_at_from_behind_them(engines):
+    ranks = engines("idefics")
+    tokens, images = prompt(ranks.engines[0].model.spec.images, [text(3, 1), WIDE, text(29, 2)])
+    driver = Driver(ranks.step)
+    driver.add(0, tokens, 8, images=images, looked_at=looked_at(ranks, images))
+    driver.turn()
+    shared = driver._pages[0][: len(tokens) // PAGE_TOKENS]
+    begin, (last, *memory) = len(shared) * PAGE_TOKENS, [driver.free.pop() for _ in range(3)]
+    assert begin > images[0].end
+    admit = Admit(1, tokens, len(tokens), Sampling(), 0, images, (), memory)
+    again = Step(2, [], [admit], [Row(1, begin, len(tokens) - begin, [*shared, last], True, [])])
     assert [token.id for token in ranks.step(again).rows[0].tokens] == driver.answers[0][:1]
 
 
@@ -379,7 +399,8 @@ def test_the_published_rule_is_a_message_of_the_wire(row, engines):
         assert (rule.tiled.tile_pixels, rule.tiled.tile_tokens, len(rule.tiled.grids)) == (16, 4, 5)
         assert (rule.tiled.grids[0].height, rule.tiled.grids[0].width) == (16, 32)
     else:
-        assert list(rule.fixed.ids).count(rule.token) == {"idefics2": 25, "gemma3_image": 9}[row]
+        assert rule.fixed.features == {"idefics2": 5, "gemma3_image": 9}[row]
+        assert (rule.text, rule.border, rule.spaces) == (spec.text, spec.border, pb.Spaces.Value(spec.spaces.upper()))
 
 
 def test_models_of_text_publish_no_rule(engines):

@@ -195,8 +195,6 @@ def _config(folder: Path, **fields: object) -> Config:
 def test_what_no_released_model_needs_is_refused(checkpoint):
     with pytest.raises(Unsupported, match="moe_normalize_expert_weights 2"):
         model_of(_config(checkpoint("dbrx"), ffn_config={"moe_normalize_expert_weights": 2}))
-    with pytest.raises(Unsupported, match="clip_qkv"):
-        model_of(_config(checkpoint("olmoe"), clip_qkv=0.5))
 
 
 def test_a_page_of_latents_is_as_large_on_every_rank(groups, checkpoint):

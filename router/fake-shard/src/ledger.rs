@@ -292,7 +292,7 @@ impl Ledger {
         let mut sequence = Sequence {
             tokens: Vec::with_capacity(admit.tokens.len()),
             chains: Vec::with_capacity(admit.tokens.len()),
-            root: tokens::root_beside(root, &beside.memory),
+            root: tokens::root_beside(root, beside.read_from_the_start()),
             beside,
             prompt_tokens: admit.prompt_tokens,
             sampling,

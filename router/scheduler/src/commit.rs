@@ -58,6 +58,7 @@ impl Scheduler {
         self.adapters.begin(grant.adapter_bytes);
         self.model = grant.model;
         self.pool = grant.pages;
+        self.step_tokens = grant.step_tokens;
         let pool = grant.pages.saturating_mul(self.model.page_tokens);
         let positions = match self.model.positions {
             0 => u32::MAX,

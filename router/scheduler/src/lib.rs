@@ -11,6 +11,8 @@ mod fairness;
 mod lookup;
 mod pages;
 mod plan;
+#[cfg(test)]
+mod planted;
 mod prefix;
 mod quarantine;
 mod queue;
@@ -29,6 +31,8 @@ mod simulate;
 
 pub use adapters::{AdapterOrder, AdapterView, Adapters, LoadFault, Residency};
 pub use pages::PageCounts;
+#[cfg(test)]
+pub use planted::PlantedBug;
 pub use queue::QueueLimits;
 pub use sequence::{Journal, Request};
 pub use span::Span;
@@ -56,8 +60,6 @@ pub struct AdapterId(pub u64);
 /// The operator's choices.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Most tokens of one step.
-    pub step_tokens: u32,
     /// Most rows of one step.
     pub step_rows: u32,
     /// Most tokens of one sequence, whatever model and pool; `u32::MAX` = no limit of its own.
@@ -98,6 +100,8 @@ pub struct Grant {
     pub epoch: u64,
     /// Pages on every rank.
     pub pages: u32,
+    /// Most tokens of one step.
+    pub step_tokens: u32,
     /// Bytes for adapters on every rank.
     pub adapter_bytes: u64,
     /// What they loaded.
@@ -121,32 +125,6 @@ pub struct Load {
     pub replays: u64,
     /// What speculation did.
     pub guessed: Guessed,
-}
-
-/// A fault planted on purpose, to prove that the simulator finds it.
-#[cfg(test)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PlantedBug {
-    /// A cancelled request keeps a page.
-    LeakPage,
-    /// Pages are published when a step is planned, before the shard answered.
-    PublishUnacked,
-    /// Prefix keys do not say under which adapter a page was written.
-    KeyWithoutAdapter,
-    /// Prefix keys do not say whether a page was written for a long sequence.
-    KeyWithoutLength,
-    /// Outcomes of an old epoch are taken for the current one.
-    AcceptStale,
-    /// Prefix keys do not say which images a page was written for.
-    KeyWithoutImages,
-    /// A page of a released memory stays behind.
-    LeakMemory,
-    /// Steps cut images whose ids see each other.
-    CutImages,
-    /// Tenants pay for the tokens of answers alone.
-    FreePrompts,
-    /// Pages count as computed up to the last guess, right or wrong.
-    TrustGuesses,
 }
 
 /// The epoch that serves.
@@ -184,6 +162,8 @@ pub struct Scheduler {
     limit: Option<u32>,
     /// Pages of this epoch, or of the last one.
     pool: u32,
+    /// Most tokens of a step, likewise.
+    step_tokens: u32,
     sequences: BTreeMap<u64, Sequence>,
     running: BTreeSet<u64>,
     /// Sequences that were in flight at two deaths in a row; each is replayed alone.
@@ -219,6 +199,7 @@ impl Scheduler {
             epoch: None,
             limit: None,
             pool: 0,
+            step_tokens: 0,
             sequences: BTreeMap::new(),
             running: BTreeSet::new(),
             suspects: BTreeSet::new(),

@@ -33,7 +33,7 @@ impl Scheduler {
         if epoch.in_flight.is_some() {
             return None;
         }
-        let mut draft = Draft::new(self.config.step_tokens, self.config.step_rows);
+        let mut draft = Draft::new(self.step_tokens, self.config.step_rows);
         let mut admit = Vec::new();
         if let Some(suspect) = self.suspects.first().copied() {
             self.plan_alone(now, suspect, &mut draft, &mut admit);
@@ -227,7 +227,7 @@ impl Scheduler {
 
     fn plan_waiting(&mut self, now: Time, draft: &mut Draft, admit: &mut Vec<Admission>) {
         // Every running sequence needs a row and a token in each step.
-        let most = self.config.step_rows.min(self.config.step_tokens) as usize;
+        let most = self.config.step_rows.min(self.step_tokens) as usize;
         while draft.has_room() && self.running.len() < most {
             let adapters = &self.adapters;
             let usable = |id: Option<AdapterId>| id.is_none_or(|id| adapters.usable(id));

@@ -36,9 +36,10 @@ pub struct Request {
 
 impl Request {
     /// Whether its pages mean the same to another sequence with the same tokens. A recurrent state is in no page, and what
-    /// was read from a memory is in no key.
+    /// was read from a source is in no key; what was read from images is, with their digests.
     pub(crate) fn shares(&self, model: &Model) -> bool {
-        !model.recurrent && self.memory_tokens == 0
+        let has_source = self.memory_tokens > 0 && self.images.is_empty();
+        !model.recurrent && !has_source
     }
 
     /// Whether it may outgrow what the model computes as a short sequence. Fixed from its first token to its last.

@@ -67,7 +67,7 @@ impl Scheduler {
         let spans = request.images.iter().filter(|_| self.model.together);
         let largest = spans.map(|span| span.tokens).max().unwrap_or(0).max(1);
         let asked = request.memory_tokens.saturating_add(largest);
-        match self.config.step_tokens {
+        match self.step_tokens {
             limit if asked > limit => Err(Refusal::Indivisible { asked, limit }),
             _ => Ok(()),
         }

@@ -15,7 +15,6 @@ struct Toy {
 impl Toy {
     fn new(pages: u32, step_tokens: u32, model: Model) -> Self {
         let mut scheduler = Scheduler::new(Config {
-            step_tokens,
             step_rows: 8,
             max_tokens: u32::MAX,
             queue_requests: 100,
@@ -26,6 +25,7 @@ impl Toy {
         let grant = Grant {
             epoch: 1,
             pages,
+            step_tokens,
             adapter_bytes: 0,
             model: Model {
                 digest: "m".to_owned(),
@@ -210,23 +210,43 @@ fn what_is_shared_ends_at_no_cut_and_holds_no_other_image() {
 }
 
 #[test]
-fn a_recurrent_state_and_a_memory_are_shared_with_nobody() {
+fn images_that_are_looked_at_are_shared_as_well() {
+    let start = |digest| {
+        let looked_at = |digest| Request {
+            memory_tokens: 5,
+            ..illustrated(20, 1, 30, digest)
+        };
+        let mut toy = Toy::new(100, 200, Model::default());
+        toy.ask(looked_at(1)).unwrap();
+        toy.turn();
+        let again = toy.ask(looked_at(digest)).unwrap();
+        let step = toy.turn();
+        assert_eq!(step.admit[0].memory.len(), 1, "a memory is nobody else's");
+        let row = step.rows.iter().find(|row| row.sequence == again);
+        row.unwrap().start
+    };
+    assert_eq!((start(1), start(2)), (48, 16));
+}
+
+#[test]
+fn a_recurrent_state_and_a_source_are_shared_with_nobody() {
     let recurrent = Model {
         recurrent: true,
         ..Model::default()
     };
-    let mut plain = illustrated(40, 1, 1, 1);
-    for memory_tokens in [0, 5] {
-        let model = if memory_tokens == 0 {
-            recurrent.clone()
-        } else {
-            Model::default()
-        };
+    let read = Request {
+        memory_tokens: 5,
+        images: Arc::default(),
+        ..illustrated(40, 1, 1, 1)
+    };
+    for (model, request) in [
+        (recurrent, illustrated(40, 1, 1, 1)),
+        (Model::default(), read),
+    ] {
         let mut toy = Toy::new(100, 200, model);
-        plain.memory_tokens = memory_tokens;
-        toy.ask(plain.clone()).unwrap();
+        toy.ask(request.clone()).unwrap();
         toy.turn();
-        toy.ask(plain.clone()).unwrap();
+        toy.ask(request).unwrap();
         assert_eq!(toy.turn().rows[1].start, 0);
         assert_eq!(toy.scheduler.load().pages.cached, 0);
     }

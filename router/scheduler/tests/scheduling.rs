@@ -13,12 +13,12 @@ struct Toy {
     scheduler: Scheduler,
     now: Time,
     epoch: u64,
+    step_tokens: u32,
 }
 
 impl Toy {
     fn new(pages: u32, step_tokens: u32, step_rows: u32) -> Self {
         let scheduler = Scheduler::new(Config {
-            step_tokens,
             step_rows,
             max_tokens: u32::MAX,
             queue_requests: 10_000,
@@ -30,6 +30,7 @@ impl Toy {
             scheduler,
             now: Time::ZERO,
             epoch: 0,
+            step_tokens,
         };
         toy.begin(pages);
         toy
@@ -40,6 +41,7 @@ impl Toy {
         let grant = Grant {
             epoch: self.epoch,
             pages,
+            step_tokens: self.step_tokens,
             adapter_bytes: 100,
             model: Model {
                 digest: "m".to_owned(),
@@ -374,7 +376,6 @@ fn what_can_never_fit_is_refused_and_so_is_everything_before_the_first_epoch() {
         })
     );
     let mut cold = Scheduler::new(Config {
-        step_tokens: 1,
         step_rows: 1,
         max_tokens: 1,
         queue_requests: 1,

@@ -56,6 +56,12 @@ pub async fn admit(app: &App, caller: &Caller, batch: Batch) -> Result<Vec<Admit
             generations,
         });
     }
+    let with_images = |one: &&mut Admitted| !one.checked.request.images.is_empty();
+    for one in admitted.iter_mut().filter(with_images) {
+        for generation in &mut one.generations {
+            generation.first().await?;
+        }
+    }
     Ok(admitted)
 }
 

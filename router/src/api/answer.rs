@@ -173,31 +173,48 @@ impl Generation {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            let Some(answer) = self.answer.as_mut() else {
+            if !self.hear().await {
                 return Ok(None);
-            };
-            match answer.next().await {
-                Some(Event::Started {
-                    queued,
-                    cached_tokens,
-                }) => {
-                    self.figures.queue = queued;
-                    self.figures.cached = cached_tokens;
-                    counter!(names::PREFIX_HIT_TOKENS).increment(u64::from(cached_tokens));
-                }
-                Some(Event::Prompt(tokens)) => self.ready.push_back(Part::Prompt(tokens)),
-                Some(Event::Token(token)) => self.take(token),
-                Some(Event::Finished(finish)) => self.finish(finish),
-                Some(Event::Failed(failure)) => self.fail(failure.into()),
-                None => {
-                    counter!(names::STREAMS_WITHOUT_TERMINAL).increment(1);
-                    self.fail(ApiError::new(
-                        Kind::Incomplete,
-                        "the answer broke off; send the request again",
-                    ));
-                }
             }
         }
+    }
+
+    /// Waits for the first token: pixels are read by the shards, so that only then is it known that they can be.
+    pub async fn first(&mut self) -> Result<(), ApiError> {
+        while self.figures.generated == 0 && self.failed.is_none() && self.hear().await {}
+        match self.failed.take_if(|_| self.figures.generated == 0) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes in the next event; false when none follows.
+    async fn hear(&mut self) -> bool {
+        let Some(answer) = self.answer.as_mut() else {
+            return false;
+        };
+        match answer.next().await {
+            Some(Event::Started {
+                queued,
+                cached_tokens,
+            }) => {
+                self.figures.queue = queued;
+                self.figures.cached = cached_tokens;
+                counter!(names::PREFIX_HIT_TOKENS).increment(u64::from(cached_tokens));
+            }
+            Some(Event::Prompt(tokens)) => self.ready.push_back(Part::Prompt(tokens)),
+            Some(Event::Token(token)) => self.take(token),
+            Some(Event::Finished(finish)) => self.finish(finish),
+            Some(Event::Failed(failure)) => self.fail(failure.into()),
+            None => {
+                counter!(names::STREAMS_WITHOUT_TERMINAL).increment(1);
+                self.fail(ApiError::new(
+                    Kind::Incomplete,
+                    "the answer broke off; send the request again",
+                ));
+            }
+        }
+        true
     }
 
     fn take(&mut self, info: TokenInfo) {
@@ -330,64 +347,5 @@ impl Generation {
         }
         self.figures.generated += 1;
         self.figures.total = now.duration_since(self.arrived);
-    }
-}
-
-/// A whole answer.
-#[derive(Debug, Clone)]
-pub struct Whole {
-    /// Its text.
-    pub text: String,
-    /// Its tokens, end token included.
-    pub tokens: Vec<TextToken>,
-    /// Log-probabilities of the prompt after its first token, if they were asked for.
-    pub prompt: Vec<TokenInfo>,
-    /// Why it ended.
-    pub reason: EndReason,
-    /// The seed, when chance played a part.
-    pub seed: Option<u64>,
-    /// Times and sizes.
-    pub figures: Figures,
-}
-
-impl Whole {
-    /// Waits for every part of an answer.
-    pub async fn collect(mut generation: Generation) -> Result<Self, ApiError> {
-        let (mut tokens, mut prompt) = (vec![], vec![]);
-        let reason = loop {
-            match generation.next().await? {
-                Some(Part::Prompt(infos)) => prompt.extend(infos),
-                Some(Part::Token(token)) => tokens.push(token),
-                Some(Part::Last(token, reason)) => {
-                    tokens.push(token);
-                    break reason;
-                }
-                None => {
-                    return Err(ApiError::new(
-                        Kind::Incomplete,
-                        "the answer broke off; send the request again",
-                    ));
-                }
-            }
-        };
-        let text = tokens
-            .iter()
-            .filter(|token| !token.special)
-            .map(|token| token.text.as_str())
-            .collect();
-        Ok(Self {
-            text,
-            tokens,
-            prompt,
-            reason,
-            seed: generation.seed,
-            figures: generation.figures,
-        })
-    }
-
-    /// The mean log-probability of its tokens; the better of two answers has the greater one.
-    pub fn score(&self) -> f32 {
-        let sum: f32 = self.tokens.iter().map(|token| token.info.logprob).sum();
-        sum / self.tokens.len().max(1) as f32
     }
 }

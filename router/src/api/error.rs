@@ -246,6 +246,7 @@ impl From<Failure> for ApiError {
             Failure::Row(_) | Failure::Adapter(_) | Failure::Unavailable(_) | Failure::Deadly => {
                 Self::new(Kind::Generation, message)
             }
+            Failure::Image(_) => Self::new(Kind::Validation, message),
             Failure::Deadline => Self::new(Kind::Deadline, message),
             Failure::ShuttingDown => {
                 Self::new(Kind::ShuttingDown, message).after(Duration::from_secs(1))

@@ -1,4 +1,4 @@
-//! Images of a prompt: found in its text, fetched and measured, and put among its ids.
+//! Images of a prompt: found in its text, fetched and measured, and put in their places.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::App;
 use super::error::{ApiError, Kind};
-use crate::images::{self, ImageError, Size};
+use crate::images::{self, ImageError, Size, Written};
 use crate::request::Image;
 
 /// TGI's way to write an image into a text.
@@ -27,15 +27,6 @@ pub fn from_markdown(text: &str, marker: &str) -> (String, Vec<String>) {
     }
     plain.push_str(rest);
     (plain, urls)
-}
-
-/// Ids with those of images among them.
-#[derive(Debug, PartialEq)]
-pub struct Placed {
-    /// All ids.
-    pub ids: Vec<u32>,
-    /// Where each image's begin, and how many they are.
-    pub spans: Vec<(u32, u32)>,
 }
 
 /// What was read of an image.
@@ -73,67 +64,68 @@ fn read(file: Vec<u8>) -> Result<Loaded, ImageError> {
     })
 }
 
-/// Puts images in the places of their marker, the first image in the first one.
-pub fn place(
+/// A prompt's text with its images in their places, not yet tokenized.
+pub struct Shown<'a> {
+    rule: &'a ImageRule,
+    written: Written,
+    loaded: Vec<Loaded>,
+    field: &'static str,
+}
+
+impl<'a> Shown<'a> {
+    /// Puts images in the places of their marker, the first image in the first one.
+    pub fn new(
+        app: &App,
+        rule: &'a ImageRule,
+        text: &str,
+        loaded: Vec<Loaded>,
+        field: &'static str,
+    ) -> Result<Self, ApiError> {
+        let placeholder = app.text.tokenizer().token_text(rule.token);
+        if placeholder.is_empty() {
+            tracing::error!(rule.token, "the tokenizer has no token for images");
+            let message = "this model's tokenizer has no token that stands for an image; serve it with the tokenizer that it came with";
+            return Err(ApiError::field(field, message));
+        }
+        let sizes: Vec<Size> = loaded.iter().map(|image| image.size).collect();
+        let written = images::write(rule, &placeholder, text, &sizes);
+        Ok(Self {
+            rule,
+            written: written.map_err(|error| told(error, field))?,
+            loaded,
+            field,
+        })
+    }
+
+    /// What is to be tokenized.
+    pub fn text(&self) -> &str {
+        &self.written.text
+    }
+
+    /// The ids of the text with those of the images among them.
+    pub fn place(self, ids: &[u32]) -> Result<(Vec<u32>, Vec<Image>), ApiError> {
+        let placed = self.written.place(self.rule, ids);
+        let placed = placed.map_err(|error| told(error, self.field))?;
+        let image = |(image, (at, tokens)): (Loaded, (u32, u32))| Image {
+            data: image.data,
+            digest: image.digest,
+            at,
+            tokens,
+        };
+        let images = self.loaded.into_iter().zip(placed.spans).map(image);
+        Ok((placed.ids, images.collect()))
+    }
+}
+
+/// Refuses a prompt of ids that stand for images, which come with texts only.
+pub fn refuse_places(
     app: &App,
     rule: &ImageRule,
     ids: &[u32],
-    loaded: Vec<Loaded>,
     field: &str,
-) -> Result<(Vec<u32>, Vec<Image>), ApiError> {
-    let Some(marker) = app.text.tokenizer().id_of(&rule.marker) else {
-        tracing::error!(rule.marker, "the tokenizer has no token for images");
-        let message = "this model's tokenizer has no token that stands for an image; send a text without images";
-        return Err(ApiError::field(field, message));
-    };
-    let becomes = loaded.iter().map(|image| images::ids(rule, image.size));
-    let becomes: Vec<Vec<u32>> = becomes
-        .collect::<Result<_, _>>()
-        .map_err(|error| told(error, field))?;
-    let placed = expand(ids, marker, rule.token, &becomes).map_err(|places| {
-        let (sent, marker) = (becomes.len(), &rule.marker);
-        let message = format!(
-            "`{field}` has {sent} images and {places} places for one (`{marker}`); write it for images only, once for each"
-        );
-        ApiError::field(field, message)
-    })?;
-    let image = |(image, (at, tokens)): (Loaded, (u32, u32))| Image {
-        data: image.data,
-        digest: image.digest,
-        at,
-        tokens,
-    };
-    let placed_images = loaded.into_iter().zip(placed.spans).map(image).collect();
-    Ok((placed.ids, placed_images))
-}
-
-/// Replaces each `marker` by what the next image becomes. The error is the number of places, where it is another than
-/// that of the images; an id that `stands` for a part of an image is a place as well.
-fn expand(ids: &[u32], marker: u32, stands: u32, becomes: &[Vec<u32>]) -> Result<Placed, usize> {
-    let is_place = |id: u32| id == marker || id == stands;
-    let places = ids.iter().filter(|&&id| is_place(id)).count();
-    let markers = ids.iter().filter(|&&id| id == marker).count();
-    if (places, markers) != (becomes.len(), becomes.len()) {
-        return Err(places);
-    }
-    let mut placed = Placed {
-        ids: Vec::new(),
-        spans: Vec::new(),
-    };
-    let mut next = becomes.iter();
-    for &id in ids {
-        match next.as_slice().first().filter(|_| id == marker) {
-            Some(image) => {
-                placed
-                    .spans
-                    .push((placed.ids.len() as u32, image.len() as u32));
-                placed.ids.extend(image);
-                next.next();
-            }
-            None => placed.ids.push(id),
-        }
-    }
-    Ok(placed)
+) -> Result<(), ApiError> {
+    let marker = app.text.tokenizer().id_of(&rule.marker);
+    images::refuse_places(rule, marker, ids).map_err(|error| told(error, field))
 }
 
 fn told(error: ImageError, field: &str) -> ApiError {
@@ -158,31 +150,5 @@ mod tests {
         for plain in ["![alt](x)", "[](x)", "![](x", "!"] {
             assert_eq!(from_markdown(plain, "<i>"), (plain.to_owned(), vec![]));
         }
-    }
-
-    #[test]
-    fn every_marker_becomes_the_ids_of_its_image() {
-        let images = [vec![7, 8, 8], vec![8]];
-        let placed = expand(&[1, 5, 2, 5, 3], 5, 8, &images).unwrap();
-        assert_eq!(placed.ids, [1, 7, 8, 8, 2, 8, 3]);
-        assert_eq!(placed.spans, [(1, 3), (5, 1)]);
-        assert_eq!(
-            expand(&[1, 5], 5, 5, &images[..1]).unwrap().ids,
-            [1, 7, 8, 8]
-        );
-        assert_eq!(expand(&[1, 2], 5, 8, &[]).unwrap().ids, [1, 2]);
-    }
-
-    #[test]
-    fn markers_and_images_must_be_equally_many() {
-        let image = vec![8, 8];
-        assert_eq!(
-            expand(&[1, 5, 5], 5, 8, std::slice::from_ref(&image)),
-            Err(2)
-        );
-        assert_eq!(expand(&[1], 5, 8, std::slice::from_ref(&image)), Err(0));
-        assert_eq!(expand(&[5], 5, 8, &[]), Err(1));
-        assert_eq!(expand(&[8], 5, 8, &[]), Err(1));
-        assert_eq!(expand(&[8], 5, 8, &[image]), Err(1));
     }
 }

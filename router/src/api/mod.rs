@@ -22,6 +22,7 @@ mod sampling;
 mod sse;
 pub mod tgi;
 mod validate;
+mod whole;
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, Method, header};

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use kvrun_proto::ImageRule;
 
+use super::App;
 use super::error::ApiError;
+use super::images::{self, Shown};
 use super::request::{Names, Prompt};
-use super::{App, images};
 use crate::request::{Image, Refusal, Status};
 
 /// Bytes of text per allowed token that are still tokenized; longer texts are refused unread.
@@ -148,10 +149,9 @@ pub async fn read(app: &App, prompt: Prompt, how: Reading<'_>) -> Result<Encoded
         (Prompt::Marked { text, urls }, _) => (text.clone(), text, false, urls),
         (Prompt::Ids(ids), rule) => {
             let ids = check_ids(&ids, limits, field)?;
-            let ids = match rule {
-                Some(rule) => images::place(app, rule, &ids, vec![], field)?.0,
-                None => ids,
-            };
+            if let Some(rule) = rule {
+                images::refuse_places(app, rule, &ids, field)?;
+            }
             return finish(ids, vec![], String::new(), how);
         }
     };
@@ -159,12 +159,15 @@ pub async fn read(app: &App, prompt: Prompt, how: Reading<'_>) -> Result<Encoded
         let message = "`truncate` could cut an image in two; leave it out";
         return Err(ApiError::field("truncate", message));
     }
-    let ids = tokenize(app, &text, add_special, limits, field).await?;
     let Some(rule) = how.images else {
+        let ids = tokenize(app, &text, add_special, 0, how).await?;
         return finish(ids, vec![], sent, how);
     };
     let loaded = images::load(app, &urls, field).await?;
-    let (ids, images) = images::place(app, rule, &ids, loaded, field)?;
+    let shown = Shown::new(app, rule, &text, loaded, field)?;
+    let added = shown.text().len().saturating_sub(text.len());
+    let ids = tokenize(app, shown.text(), add_special, added, how).await?;
+    let (ids, images) = shown.place(&ids)?;
     finish(ids, images, sent, how)
 }
 
@@ -198,20 +201,22 @@ fn finish(
     })
 }
 
+/// The ids of a text of which `added` bytes are not the client's.
 async fn tokenize(
     app: &App,
     text: &str,
     add_special: bool,
-    limits: Limits,
-    field: &str,
+    added: usize,
+    how: Reading<'_>,
 ) -> Result<Vec<u32>, ApiError> {
+    let Reading { limits, field, .. } = how;
     if text.is_empty() {
         let message = format!("`{field}` is empty; send at least one character");
         return Err(ApiError::field(field, message));
     }
     let encoded = app
         .text
-        .encode(text.to_owned(), add_special, limits.bytes())
+        .encode(text.to_owned(), add_special, limits.bytes() + added)
         .await
         .map_err(|error| ApiError {
             message: format!("`{field}`: {error} (at most {} tokens)", limits.input),

@@ -86,7 +86,6 @@ impl Driver {
         announce: watch::Sender<bool>,
     ) -> Self {
         let scheduler = Scheduler::new(Config {
-            step_tokens: options.step_tokens.max(1),
             step_rows: options.step_rows.max(1),
             max_tokens: match options.max_total_tokens {
                 0 => u32::MAX,
@@ -170,7 +169,7 @@ impl Driver {
         let wish = Wish {
             sockets: self.options.sockets.clone(),
             pool_tokens: self.options.pool_tokens,
-            step_tokens: self.options.step_tokens.max(1),
+            step_tokens: self.options.step_tokens,
             step_rows: self.options.step_rows.max(1),
             adapter_bytes: self.options.adapter_bytes,
             max_total_tokens: self.options.max_total_tokens,
@@ -193,6 +192,7 @@ impl Driver {
         let grant = Grant {
             epoch: group.epoch,
             pages: u32::try_from(reserved.pages).unwrap_or(u32::MAX),
+            step_tokens: group.step_tokens,
             adapter_bytes: reserved.adapter_bytes,
             model: Model {
                 digest: description.model_digest.clone(),
@@ -213,7 +213,7 @@ impl Driver {
         status.pages = grant.pages;
         status.page_tokens = grant.model.page_tokens;
         status.adapter_bytes = grant.adapter_bytes;
-        status.step_tokens = self.options.step_tokens.max(1);
+        status.step_tokens = grant.step_tokens;
         status.step_rows = self.options.step_rows.max(1);
         status.description = Some(description);
         drop(shown);

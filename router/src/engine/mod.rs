@@ -44,7 +44,7 @@ pub enum Control {
 pub struct EngineOptions {
     /// One unix socket per rank, rank 0 first.
     pub sockets: Vec<PathBuf>,
-    /// Most tokens of one step, all rows together.
+    /// Most tokens of one step, all rows together; 0 = what the model needs.
     pub step_tokens: u32,
     /// Most rows of one step.
     pub step_rows: u32,

@@ -44,6 +44,7 @@ const LOADING: Duration = Duration::from_secs(120);
 pub(super) struct Wish {
     pub(super) sockets: Vec<PathBuf>,
     pub(super) pool_tokens: u64,
+    /// Most tokens of one step; 0 = what the model needs.
     pub(super) step_tokens: u32,
     pub(super) step_rows: u32,
     pub(super) adapter_bytes: u64,
@@ -55,6 +56,8 @@ pub(super) struct Wish {
 pub(super) struct Group {
     pub(super) epoch: u64,
     pub(super) reservation: Reservation,
+    /// Most tokens of one step.
+    pub(super) step_tokens: u32,
     pub(super) description: Arc<Description>,
     clients: Vec<Client>,
     steps: Vec<mpsc::Sender<Step>>,
@@ -91,7 +94,7 @@ async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
     let mut asked = ReserveRequest {
         epoch: *last_epoch + 1,
         pages: capabilities::pages(&description, wish.pool_tokens, rows, longest),
-        step_tokens: wish.step_tokens,
+        step_tokens: capabilities::step_tokens(&description, wish.step_tokens, longest),
         sequences: wish.step_rows,
         adapter_bytes: wish.adapter_bytes,
     };
@@ -122,6 +125,7 @@ async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
     Ok(Group {
         epoch: asked.epoch,
         reservation: least,
+        step_tokens: asked.step_tokens,
         description: Arc::new(description),
         answered: vec![0; clients.len()],
         clients,

@@ -13,6 +13,9 @@ use super::meters::Meters;
 use super::{Control, adapters, wire};
 use crate::request::{Event, Failure, Finish, Image, TokenInfo};
 
+/// How shards begin the error of a row whose image cannot be shown.
+const BAD_IMAGE: &str = "bad_image: ";
+
 /// An open request's way back to its client.
 pub(super) struct Open {
     pub(super) events: mpsc::UnboundedSender<Event>,
@@ -183,7 +186,10 @@ pub(super) fn failure(ended: Ended, meters: &Meters) -> Failure {
     match ended {
         Ended::Row(text) => {
             meters.failed_rows.increment(1);
-            Failure::Row(text)
+            match text.strip_prefix(BAD_IMAGE) {
+                Some(reason) => Failure::Image(reason.to_owned()),
+                None => Failure::Row(text),
+            }
         }
         Ended::Deadline => Failure::Deadline,
         Ended::ShuttingDown => Failure::ShuttingDown,

@@ -6,11 +6,12 @@ mod count;
 mod data_url;
 mod fetch;
 mod measure;
+mod write;
 
-pub use count::ids;
 pub use data_url::is_data_url;
 pub use fetch::Fetcher;
 pub use measure::{Size, measure};
+pub use write::{Written, refuse_places, write};
 
 use std::net::IpAddr;
 
@@ -95,6 +96,18 @@ pub enum ImageError {
         width: u64,
         /// Pixels down.
         height: u64,
+    },
+    /// Markers without images, or images without markers.
+    #[error(
+        "{images} images and {places} places for one (`{marker}`) were sent; write it for images only, once for each"
+    )]
+    Misplaced {
+        /// Images of the request.
+        images: usize,
+        /// Places in its text.
+        places: usize,
+        /// The text that stands for an image.
+        marker: String,
     },
     /// The shards do not say how to count it.
     #[error(

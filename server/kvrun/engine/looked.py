@@ -28,7 +28,10 @@ class Seen(NamedTuple):
 
 
 class LookedImages:
-    """What the tokens of one sequence look at: each the last image before it. An image takes whole pages of the memory."""
+    """What the tokens of one sequence look at: each the last image before it, unless that stands in a text which has ended.
+
+    An image takes whole pages of the memory.
+    """
 
     def __init__(self, images: Items[Image], sight: Sight, prompt_tokens: int, pages: Items[int], page_tokens: int) -> None:
         """Raises ProtocolError when images are out of order or of the prompt, or the pages do not hold them."""
@@ -69,9 +72,12 @@ class LookedImages:
 
     def _runs(self, start: int, stop: int, ids: np.ndarray) -> Iterator[tuple[int, int]]:
         places = self._find(ids)
-        borders = [start, *(place for place in places.tolist() if start < place < stop), stop]
-        for begin, end in pairwise(borders):
-            yield end - begin, int(np.searchsorted(places, begin, side="right")) - 1
+        ends: np.ndarray = np.flatnonzero(ids[:stop] == self._sight.spec.end_of_text)
+        changes = np.union1d(places, ends + 1).tolist()
+        for begin, end in pairwise([start, *(place for place in changes if start < place < stop), stop]):
+            number = int(np.searchsorted(places, begin, side="right")) - 1
+            hidden = number >= 0 and np.searchsorted(ends, places[number]) < np.searchsorted(ends, begin)
+            yield end - begin, -1 if hidden else number
 
     def _find(self, ids: np.ndarray) -> np.ndarray:
         if self._places is None:

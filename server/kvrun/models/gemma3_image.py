@@ -15,7 +15,6 @@ from kvrun.spec import (
     Square,
     architecture,
     image_processor,
-    line_breaks,
     pixels,
     special_tokens,
     token_text,
@@ -37,10 +36,11 @@ def _images(c: Config, hidden: int) -> Images:
     vision, processor = c.within("vision_config").otherwise(**siglip.DEFAULTS), image_processor(c)
     processor.only("do_pan_and_scan", False)
     token, count = c.get("image_token_index", c.get("image_token_id", 262_144)), c.get("mm_tokens_per_image", 256)
-    begin, end = c.get("boi_token_index", 255_999), c.get("eoi_token_index", 256_000)
-    blank = line_breaks(c, 2)
+    edges, tokens = (c.get("boi_token_index", 255_999), c.get("eoi_token_index", 256_000)), special_tokens(c)
+    begin, features, end = (token_text(c, tokens, known) for known in (edges[0], token, edges[1]))
     return Images(
-        marker=token_text(c, special_tokens(c), begin),
+        marker=begin,
+        text=f"\n\n{begin}{features}{end}\n\n",
         token=token,
         cutting=Square(vision.image_size),
         pixels=pixels(processor, HALF, HALF, filter=2),
@@ -50,6 +50,6 @@ def _images(c: Config, hidden: int) -> Images:
             Normalise(RmsNorm(f"{PROJECTOR}.mm_soft_emb_norm", vision.layer_norm_eps, offset=1.0), vision.hidden_size),
             Matrix(f"{PROJECTOR}.mm_input_projection_weight", vision.hidden_size, hidden),
         ),
-        ids=(*blank, begin, *(token,) * count, end, *blank),
+        features=count,
         together=True,
     )

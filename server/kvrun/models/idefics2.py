@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kvrun.models import siglip
+from kvrun.models import perceiver, siglip
 from kvrun.models.inner import language_model
 from kvrun.spec import (
     Bounded,
@@ -12,25 +12,19 @@ from kvrun.spec import (
     GatedMlp,
     Images,
     Model,
-    Perceive,
     Quarters,
-    Resample,
-    Residual,
-    RmsNorm,
     architecture,
+    begins_words,
     fuse,
     image_processor,
     linear,
     pixels,
     special_tokens,
-    stack,
-    token_id,
     token_text,
 )
 
 AROUND = "<fake_token_around_image>"
 CONNECTOR = "model.connector.modality_projection"
-RESAMPLER = "model.connector.perceiver_resampler"
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -43,56 +37,32 @@ def idefics2(c: Config) -> Model:
 
 def _images(c: Config, hidden: int) -> Images:
     vision = c.within("vision_config").otherwise(**{**siglip.DEFAULTS, "patch_size": 32})
-    resample = _resampler(c, hidden)
-    processor, tokens, token = image_processor(c), special_tokens(c), c.get("image_token_id", 32_001)
-    each = [token_id(c, tokens, AROUND)] + [token] * resample.count
+    resample = perceiver.of_idefics2(_perceiver(c, hidden), "model.connector.perceiver_resampler", hidden)
+    processor, token = image_processor(c), c.get("image_token_id", 32_001)
+    marker = token_text(c, special_tokens(c), token)
     size = {"shortest_edge": 378, "longest_edge": 980, **processor.get("size", {})}
     bounded, split = Bounded(size["shortest_edge"], size["longest_edge"]), processor.get("do_image_splitting", False)
     return Images(
-        marker=token_text(c, tokens, token),
+        marker=marker,
+        text=AROUND + (marker + AROUND) * (5 if split else 1),
         token=token,
         cutting=Quarters(bounded) if split else bounded,
         pixels=pixels(processor, HALF, HALF, filter=2),
         encoder=siglip.encoder(vision, "model.vision_model.", FractionalPositions),
         stages=(_projection(c, vision.hidden_size, hidden), resample),
-        # Neighbours share the token between them.
-        ids=(*each * (5 if split else 1), each[0]),
+        features=resample.count,
+        border=AROUND,
+        spaces="kept" if begins_words(c) else "parted",
     )
 
 
 def _projection(c: Config, width: int, hidden: int) -> Feed:
     text = c.within("text_config").otherwise(intermediate_size=14_336, hidden_act="silu")
-    part = GatedMlp(
-        text.intermediate_size,
-        text.hidden_act,
-        gate_up=fuse(f"{CONNECTOR}.gate_proj", f"{CONNECTOR}.up_proj"),
-        down=linear(f"{CONNECTOR}.down_proj"),
-    )
-    return Feed(part, width, hidden)
+    gate_up, down = fuse(f"{CONNECTOR}.gate_proj", f"{CONNECTOR}.up_proj"), linear(f"{CONNECTOR}.down_proj")
+    return Feed(GatedMlp(text.intermediate_size, text.hidden_act, gate_up, down), width, hidden)
 
 
-def _resampler(c: Config, hidden: int) -> Resample:
+def _perceiver(c: Config, hidden: int) -> Config:
     p = c.within("perceiver_config").otherwise(hidden_size=4096, rms_norm_eps=1e-6, hidden_act="silu", num_key_value_heads=4)
-    if p.hidden_size != hidden:  # left unsaid, and then it is as the language model's
-        p = p.stating(rms_norm_eps=c.within("text_config").get("rms_norm_eps", 1e-6))
-    look = Perceive(
-        p.get("resampler_n_heads", 16),
-        p.num_key_value_heads,
-        p.get("resampler_head_dim", 96),
-        norm=RmsNorm("input_context_norm", p.rms_norm_eps),
-        query=linear("self_attn.q_proj"),
-        key_value=fuse("self_attn.k_proj", "self_attn.v_proj"),
-        out=linear("self_attn.o_proj"),
-    )
-    mlp = GatedMlp(4 * hidden, p.hidden_act, gate_up=fuse("mlp.gate_proj", "mlp.up_proj"), down=linear("mlp.down_proj"))
-    steps = [
-        Residual(RmsNorm("input_latents_norm", p.rms_norm_eps), look),
-        Residual(RmsNorm("post_attention_layernorm", p.rms_norm_eps), mlp),
-    ]
-    return Resample(
-        f"{RESAMPLER}.latents",
-        p.get("resampler_n_latents", 64),
-        hidden,
-        stack(p.get("resampler_depth", 3), RESAMPLER + ".layers.{i}", steps),
-        RmsNorm(f"{RESAMPLER}.norm", p.rms_norm_eps),
-    )
+    # Left unsaid it is the language model's.
+    return p if p.hidden_size == hidden else p.stating(rms_norm_eps=c.within("text_config").get("rms_norm_eps", 1e-6))

@@ -1,6 +1,7 @@
 """Qwen 1.5, 2 and 3 with mixtures of experts, and OLMoE: each the shape of its dense sibling."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvrun.models import mixtral, olmo2, qwen2, qwen3
 from kvrun.models.llama import attention, feed_forward
@@ -42,8 +43,8 @@ def qwen3_moe(c: Config) -> Model:
 @architecture("OlmoeForCausalLM")
 def olmoe(c: Config) -> Model:
     """OLMoE: OLMo 2's attention, Llama's norms."""
-    c.only("clip_qkv", None)  # it would cut queries and keys after they are normalised
-    return mixtral.decoder(c, lambda i: olmo2.attend(c), lambda i: [experts(c, softmax(c), c.intermediate_size)])
+    attend = replace(olmo2.attend(c), clip=c.get("clip_qkv"))
+    return mixtral.decoder(c, lambda i: attend, lambda i: [experts(c, softmax(c), c.intermediate_size)])
 
 
 def experts(c: Config, router: Router, width: int) -> Moe:

@@ -3,7 +3,7 @@
 A model file reads a `Config` and returns a `Model`; its import list is the architecture's summary.
 """
 
-from kvrun.spec.companions import image_processor, line_breaks, pixels, special_tokens, token_id, token_text
+from kvrun.spec.companions import begins_words, image_processor, pixels, special_tokens, token_id, token_text
 from kvrun.spec.config import Config
 from kvrun.spec.describe import describe
 from kvrun.spec.encoder import CrossAttention, Encoder, SourceAttention
@@ -144,10 +144,10 @@ __all__ = [
     "WithoutFirst",
     "YarnScaling",
     "architecture",
+    "begins_words",
     "describe",
     "fuse",
     "image_processor",
-    "line_breaks",
     "linear",
     "model_of",
     "moved",

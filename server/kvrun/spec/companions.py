@@ -59,17 +59,10 @@ def token_text(c: Config, tokens: dict[str, int], token: int) -> str:
     raise ConfigError(f"{c.where} marks images with token {token}, which is no special token of {TOKENIZER}")
 
 
-def line_breaks(c: Config, count: int) -> tuple[int, ...]:
-    """The ids of so many line breaks in a row: one token where the vocabulary has one for them. Raises ConfigError."""
-    path = _folder(c) / TOKENIZER
-    vocabulary = (json_object(path).get("model") or {}).get("vocab") or {}
-    known = {**(vocabulary if isinstance(vocabulary, dict) else {}), **special_tokens(c)}
-    for one in ("\n", "\u010a", "<0x0A>"):  # as it is, in the alphabet of byte-level tokenizers, and as a byte that has no token
-        if one * count in known:
-            return (known[one * count],)
-        if one in known:
-            return (known[one],) * count
-    raise ConfigError(f"{path} knows no line break, which stands around images in {c.where}")
+def begins_words(c: Config) -> bool:
+    """Whether the tokenizer itself puts a space before every text between special tokens."""
+    normalizer = json_object(_folder(c) / TOKENIZER).get("normalizer") or {}
+    return any(step.get("type") == "Prepend" for step in (normalizer, *normalizer.get("normalizers", ())))
 
 
 def _folder(c: Config) -> Path:

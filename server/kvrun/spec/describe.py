@@ -54,4 +54,4 @@ def _is_part(value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value).replace("\n", "\\n")

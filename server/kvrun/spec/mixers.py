@@ -25,7 +25,7 @@ class Attention(Mixer):
     position: Rope | Alibi | RelativeBias | None = None  # None: the embedding knows, or nobody does
     scale: float | None = None  # of the scores; None = head_dim ** -0.5
     window: int | None = None  # a token sees itself and the window - 1 before it; None = all
-    clip: float | None = None  # queries, keys and values are cut to -clip .. clip; None = never
+    clip: float | None = None  # queries, keys and values are cut to -clip .. clip, after any norm; None = never
     norm: QueryKeyNorm | None = None  # of queries and keys, before they are rotated
     softcap: float | None = None  # scores become cap * tanh(score / cap); None = as they are
     sinks: str | None = None  # a logit per head that takes its share of the softmax and gives nothing

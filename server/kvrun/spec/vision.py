@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvrun.spec.mixers import Attention, GatedMlp, Mixer, Mlp
 from kvrun.spec.norms import HeadNorm, Norm
@@ -114,7 +114,7 @@ class Perceive(Mixer):
 
 @dataclass(frozen=True)
 class LookAt(Mixer):
-    """Attention of each token to the features of the last image that stands before it; of none, it gives zeros."""
+    """Attention of each token to the features of the last image in its text that stands before it; of none, it gives zeros."""
 
     heads: int
     head_dim: int
@@ -189,17 +189,23 @@ Stage = WithoutFirst | Pool | Normalise | Matrix | Feed | Resample
 
 @dataclass(frozen=True)
 class Images:
-    """An image becomes token ids, and the embedding's rows at those that are `token` become the image's features.
+    """A text takes an image's place, and the embedding's rows at its ids that are `token` become the image's features.
 
-    The decoder never knows. `together`: an image's features see each other in both directions.
+    The decoder never knows. `together`: a picture's features see each other in both directions. `border` begins and ends the
+    text, and is written once between images beside each other. `spaces` beside an image are "kept", or "trimmed", those at
+    the prompt's ends too, or "parted": one stands between a border and a word that follows it.
     """
 
     marker: str  # the text that stands for an image in a prompt
+    text: str  # what is put there before the prompt is tokenized, `token` standing for all features of a picture
     token: int
     cutting: Cutting
     pixels: Pixels
     encoder: PictureEncoder
     stages: tuple[Stage, ...]  # from an encoder's features to a decoder's
-    ids: tuple[int, ...] = ()  # that every image becomes, placeholders and all; empty where that depends on its size
+    features: int = 0  # ids that `token` in the text becomes; 0 = that depends on an image's size
+    border: str = ""
+    spaces: Literal["kept", "trimmed", "parted"] = "kept"
     together: bool = False
     memory: int = 0  # features that an image has beside the sequence, for mixers that look at them; 0 = they are rows of its ids
+    end_of_text: int | None = None  # behind this id no token looks at an image before it

@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 from kvrun.spec import Config, model_of
-from pictures import Oracle, picture, prompt
+from pictures import Oracle, picture
 from test_rows import router, shard
 from tokenizers import Tokenizer
 
@@ -35,7 +35,7 @@ class Served:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
 
-    def chat(self, parts: list[str | bytes]):
+    def chat(self, parts: list[str | bytes], **more):
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": url_of(part)}}
             for part in parts
@@ -46,11 +46,11 @@ class Served:
             temperature=0,
             max_tokens=NEW,
             logit_bias={str(self.images.token): -100},
+            **more,
         )
 
     def tokens(self, parts: list[str | bytes]) -> list[int]:
-        ids = [part if isinstance(part, bytes) else self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
-        return prompt(self.images, ids)[0]
+        return self.oracle.ids(parts, self.images.marker)
 
     def expected(self, parts: list[str | bytes]) -> str:
         """transformers' greedy answer, never an id that stands for an image or for nothing."""
@@ -77,25 +77,47 @@ def test_a_chat_with_images_is_answered_as_by_transformers(served):
     said = served.chat(parts)
     assert said.usage.prompt_tokens == len(served.tokens(parts))
     assert said.choices[0].message.content == served.expected(parts)
-    # The same image again, from the prefix cache where there is one, and another in its place.
-    assert served.chat(parts).choices[0].message.content == said.choices[0].message.content
+    # The same image again, from the prefix cache, and another in its place.
+    again = served.chat(parts)
+    assert again.choices[0].message.content == said.choices[0].message.content
+    assert again.usage.prompt_tokens_details.cached_tokens >= len(served.tokens(parts)) // 2
     other = ["What is ", TALL, " beside ", WIDE, "?"]
     assert served.chat(other).choices[0].message.content == served.expected(other)
 
 
-def test_markdown_in_a_plain_prompt_and_texts_beside_it(served):
-    parts = ["See ", WIDE, " and say"]
-    markdown = f"See ![]({url_of(WIDE)}) and say"
+WRITTEN = {
+    "between words": ["See ", WIDE, " and say"],
+    "right beside words": ["See", WIDE, "and", TALL, "say"],
+    "beside each other": ["x", WIDE, TALL, WIDE, "y"],
+    "with nothing but spaces between": ["  x", WIDE, " ", TALL, "   ", WIDE, "y  "],
+    "beside line breaks": ["a\n", WIDE, "\nb\n\n", TALL, "\n", WIDE, " \n"],
+    "at both ends": [TALL, "z", WIDE],
+    "alone": [WIDE],
+    "before a sign": [WIDE, "<b", TALL, "\u2003c", WIDE, "\u00e9"],
+    "none": [" No image\n "],
+}
+
+
+def test_texts_with_images_become_the_ids_that_transformers_processor_makes(served):
+    found, expected = {}, {}
     with httpx.Client(base_url=served.url, timeout=120) as client:
-        parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
-        reply = client.post("/generate", json={"inputs": markdown, "parameters": parameters})
-    assert reply.status_code == 200, reply.text
-    assert [token["id"] for token in reply.json()["details"]["prefill"]] == served.tokens(parts)
-    assert served.chat(["No image"]).choices[0].message.content == served.expected(["No image"])
+        for name, parts in WRITTEN.items():
+            markdown = "".join(part if isinstance(part, str) else f"![]({url_of(part)})" for part in parts)
+            parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
+            reply = client.post("/generate", json={"inputs": markdown, "parameters": parameters})
+            assert reply.status_code == 200, reply.text
+            found[name] = [token["id"] for token in reply.json()["details"]["prefill"]]
+            expected[name] = served.tokens(parts)
+    assert found == expected
 
 
-def test_an_image_that_breaks_on_the_shard_fails_its_request_only(served):
-    with pytest.raises(openai.APIError, match="the image cannot be read"):
-        served.chat(["What is ", CUT_SHORT, "?"])
+def test_an_image_that_breaks_on_the_shard_is_refused_as_one_that_breaks_in_the_router(served):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="the image cannot be read"):
+            served.chat(["What is ", CUT_SHORT, "?"], stream=stream)
+    with httpx.Client(base_url=served.url, timeout=120) as client:
+        for route in ("/generate", "/generate_stream"):
+            reply = client.post(route, json={"inputs": f"What is ![]({url_of(CUT_SHORT)})?"})
+            assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
     parts = ["What is ", TALL, "?"]
     assert served.chat(parts).choices[0].message.content == served.expected(parts)

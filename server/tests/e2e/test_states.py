@@ -11,6 +11,7 @@ from tree import BIN, PROMPTS, running, together
 
 NEW = 24
 ASKED = [*PROMPTS[:5], "A", "And then? " * 15]
+LONG = "What did the fox say to the dog? " * 46  # 1,518 tokens of a tokenizer of bytes
 
 
 @pytest.fixture(scope="module", params=[("t5", 1), ("flan_t5", 1), ("flan_t5_untied", 2), ("mamba", 2), ("mamba2", 1)], ids=str)
@@ -20,7 +21,7 @@ def served(request, tmp_path_factory):
         pytest.skip("text-generation-launcher is not installed: run `make install`")
     row, ranks = request.param
     folder = write_checkpoint(row, tmp_path_factory.mktemp(row))
-    with running("--model-id", str(folder), "--dtype", "float32", "--num-shard", str(ranks), "--max-total-tokens", "256") as tree:
+    with running("--model-id", str(folder), "--dtype", "float32", "--num-shard", str(ranks), "--max-total-tokens", "2048") as tree:
         yield tree, folder
 
 
@@ -42,6 +43,17 @@ def test_generate_answers_as_transformers_does_to_all_at_once(served):
     answers = together([lambda prompt=prompt: tree.generate(prompt, max_new_tokens=NEW) for prompt in ASKED])
     assert not [answer.error for answer in answers if answer.error]
     assert [answer.text for answer in answers] == greedy(folder, ASKED)
+
+
+def test_an_encoder_reads_a_long_source_whole(served):
+    tree, folder = served
+    with tree.client() as http:
+        info = http.get("/info").json()
+    if "memory" not in info["state_kinds"]:
+        pytest.skip("a model without an encoder")
+    assert info["max_input_tokens"] == 2047 < info["max_batch_prefill_tokens"]
+    answers = together([lambda prompt=prompt: tree.generate(prompt, max_new_tokens=NEW) for prompt in (LONG, ASKED[0])])
+    assert [answer.text for answer in answers] == greedy(folder, [LONG, ASKED[0]])
 
 
 def test_a_stream_goes_on_when_its_shards_die(served):

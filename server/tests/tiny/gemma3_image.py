@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+from tokenizers import AddedToken, Tokenizer
+
 from tiny.gemma import GEMMA3
 from tiny.llava_next import TOWER, visible
 from tiny.row import VOCABULARY, Row
 
 SIDE = 24
+BREAKS = ("\n\n", "\n\n\n", "\n\n\n\n")  # each a token, as in published vocabularies
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA3_IMAGE = {
-    "text_config": {**GEMMA3, "vocab_size": VOCABULARY + 3, "layer_types": LAYERS, "model_type": "gemma3_text"},
+    "text_config": {**GEMMA3, "vocab_size": VOCABULARY + 3 + len(BREAKS), "layer_types": LAYERS, "model_type": "gemma3_text"},
     "vision_config": {**TOWER, "image_size": SIDE, "model_type": "siglip_vision_model", "vision_use_head": False},
     "mm_tokens_per_image": 9,
     "image_token_index": VOCABULARY,
@@ -20,10 +23,13 @@ GEMMA3_IMAGE = {
 
 
 def processor(folder: Path) -> None:
-    """The settings of images, with nulls as published files have them."""
+    """The settings of images, with nulls as published files have them, and tokens of several line breaks."""
     settings = {"size": {"height": SIDE, "width": SIDE}, "do_pan_and_scan": None, "do_convert_rgb": None, "resample": 2}
     settings |= {"image_processor_type": "Gemma3ImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in BREAKS])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": 9, "processor_class": "Gemma3Processor"}))
 
 

@@ -15,4 +15,5 @@ ROWS = {
     "qwen3_moe": Row("qwen3_moe", {**QWEN, "num_experts": 7, "num_experts_per_tok": 3, "head_dim": 32, "norm_topk_prob": True}),
     "qwen3_moe_mixed": Row("qwen3_moe", {**QWEN, "mlp_only_layers": [0], "head_dim": 32}),
     "olmoe": Row("olmoe", {**MOE, "num_key_value_heads": 4, "eos_token_id": 2}),
+    "olmoe_clipped": Row("olmoe", {**MOE, "num_key_value_heads": 4, "eos_token_id": 2, "clip_qkv": 0.5}),
 }

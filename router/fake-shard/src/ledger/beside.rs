@@ -63,6 +63,14 @@ impl Beside {
         self.tokens
     }
 
+    /// The part of the memory that every token reads. An image is read by what stands behind its ids.
+    pub(super) fn read_from_the_start(&self) -> &[u64] {
+        match self.source.is_empty() {
+            true => &[],
+            false => &self.memory,
+        }
+    }
+
     /// What the pages of the memory hold.
     pub(super) fn memory_chain(&self) -> u64 {
         tokens::root_beside(0, &self.memory)

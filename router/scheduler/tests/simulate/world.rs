@@ -113,7 +113,6 @@ impl World {
             ..kind.sizes()
         };
         let config = Config {
-            step_tokens: sizes.step_tokens,
             step_rows: sizes.step_rows,
             max_tokens: u32::MAX,
             queue_requests: rng.random_range(1..24),
@@ -225,6 +224,7 @@ impl World {
         let grant = Grant {
             epoch: self.epoch,
             pages: sizes.pages as u32,
+            step_tokens: sizes.step_tokens,
             adapter_bytes: self.adapter_bytes,
             model: Model {
                 digest: "model".to_owned(),

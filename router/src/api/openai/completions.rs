@@ -12,12 +12,13 @@ use super::streams::{Indexed, tokens};
 use super::types::*;
 use crate::api::App;
 use crate::api::admit::{Admitted, Batch, admit};
-use crate::api::answer::{Generation, Whole};
+use crate::api::answer::Generation;
 use crate::api::body::JsonBody;
 use crate::api::error::{ApiError, Dialect};
 use crate::api::request::{Caller, Names, Prompt};
 use crate::api::sse::{self, Message};
 use crate::api::validate::{Checked, unsupported};
+use crate::api::whole::Whole;
 use crate::request::TokenInfo;
 
 const NAMES: Names = Names {

@@ -9,11 +9,12 @@ use axum::{Extension, Json};
 use super::parameters::{Asked, asked};
 use super::types::*;
 use crate::api::admit::{Admitted, Batch, admit, only};
-use crate::api::answer::{EndReason, Figures, Generation, Part, TextToken, Whole};
+use crate::api::answer::{EndReason, Figures, Generation, Part, TextToken};
 use crate::api::body::JsonBody;
 use crate::api::error::{ApiError, Dialect, Kind};
 use crate::api::request::Caller;
 use crate::api::sse::{self, Message};
+use crate::api::whole::Whole;
 use crate::api::{App, validate::AdapterMark};
 use crate::request::TokenInfo;
 

@@ -19,7 +19,7 @@ from kvrun.state.shapes import PageUse
 
 @dataclass(frozen=True)
 class Attention:
-    """out(attend(rotate(norm(clip(qkv(x)))))), a partial sum over the ranks' heads."""
+    """out(attend(rotate(clip(norm(qkv(x)))))), a partial sum over the ranks' heads."""
 
     layer: int  # of the page pool
     heads: int  # of this rank
@@ -36,11 +36,12 @@ class Attention:
         """x [T, hidden] -> [T, hidden]"""
         both, heads = self.heads + self.kv_heads, self.heads
         qkv = self.qkv(x, step.lora).view(-1, both + self.kv_heads, self.head_dim)
-        if self.clip is not None:
-            qkv.clamp_(-self.clip, self.clip)
         q, k, v = qkv[:, :heads], qkv[:, heads:both], qkv[:, both:]
         if self.norm is not None:
             q, k = self.norm(q, k)
+        if self.clip is not None:
+            for part in (q, k, v):
+                part.clamp_(-self.clip, self.clip)
         if self.rotary is not None:
             self.rotary.rotate(q, k, step.positions, step.long)
         mixed = step.attention.run(self.layer, q, k, v, self.scores)

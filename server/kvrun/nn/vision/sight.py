@@ -54,8 +54,9 @@ class Sight:
             grids = [{"height": height, "width": width} for height, width in spec.cutting.grids]
             layout = {"tiled": {"tile_pixels": spec.cutting.side, "tile_tokens": spec.cutting.tokens, "grids": grids}}
         else:
-            layout = {"fixed": {"ids": list(spec.ids)}}
-        return {"marker": spec.marker, "token": spec.token, "together": spec.together, "memory": self.memory_tokens(page_tokens), **layout}
+            layout = {"fixed": {"features": spec.features}}
+        text = {"marker": spec.marker, "text": spec.text, "border": spec.border, "spaces": spec.spaces.upper()}
+        return {**text, "token": spec.token, "together": spec.together, "memory": self.memory_tokens(page_tokens), **layout}
 
     def _encode(self, same: Tensor) -> Tensor:
         """Pictures of one shape, [n, 3, height, width] -> [n, features, hidden]"""

@@ -118,28 +118,18 @@ impl Beside {
     /// The answer alone.
     pub(super) fn answer(
         &self,
-        kind: Kind,
         request: &Request,
         digest: &str,
         sampling: &kvrun_proto::Sampling,
         long: bool,
     ) -> Vec<u32> {
         let seen = |picture: u8| tokens::seen(&[picture]);
-        let looked_at = self.images.iter().map(|(_, (picture, _))| seen(*picture));
-        let memory: Vec<u64> = match self.memory_tokens(kind) {
-            0 => Vec::new(),
-            _ => self
-                .source
-                .iter()
-                .map(|&token| u64::from(token))
-                .chain(looked_at)
-                .collect(),
-        };
+        let source: Vec<u64> = self.source.iter().map(|&token| u64::from(token)).collect();
         let root = match long {
             true => tokens::root_of_long(tokens::root(digest)),
             false => tokens::root(digest),
         };
-        let mut chain = tokens::root_beside(root, &memory);
+        let mut chain = tokens::root_beside(root, &source);
         for (position, &id) in (0..).zip(request.prompt.iter()) {
             let here = |(start, (_, tokens)): &&(u32, (u8, u32))| {
                 (*start..start + tokens).contains(&position)

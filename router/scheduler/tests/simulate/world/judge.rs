@@ -59,7 +59,6 @@ impl World {
                         .and_then(|folder| folder.loaded.as_deref())
                         .unwrap_or("");
                     client.expected = Some(client.beside.answer(
-                        self.kind,
                         &client.request,
                         digest,
                         &client.sampling,

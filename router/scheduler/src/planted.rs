@@ -1,0 +1,26 @@
+//! Faults for the simulator to find.
+
+/// A fault planted on purpose, to prove that the simulator finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlantedBug {
+    /// A cancelled request keeps a page.
+    LeakPage,
+    /// Pages are published when a step is planned, before the shard answered.
+    PublishUnacked,
+    /// Prefix keys do not say under which adapter a page was written.
+    KeyWithoutAdapter,
+    /// Prefix keys do not say whether a page was written for a long sequence.
+    KeyWithoutLength,
+    /// Outcomes of an old epoch are taken for the current one.
+    AcceptStale,
+    /// Prefix keys do not say which images a page was written for.
+    KeyWithoutImages,
+    /// A page of a released memory stays behind.
+    LeakMemory,
+    /// Steps cut images whose ids see each other.
+    CutImages,
+    /// Tenants pay for the tokens of answers alone.
+    FreePrompts,
+    /// Pages count as computed up to the last guess, right or wrong.
+    TrustGuesses,
+}
