@@ -37,6 +37,8 @@ impl Work {
 pub struct Draft {
     rows: Vec<(Row, Work)>,
     tokens_left: u32,
+    /// What prompts may still have of them; an image in one piece may exceed it.
+    prompts_left: u32,
     rows_left: u32,
     payload_left: u64,
 }
@@ -47,6 +49,7 @@ impl Draft {
         Self {
             rows: Vec::new(),
             tokens_left: tokens,
+            prompts_left: tokens,
             rows_left: rows,
             payload_left: PAYLOAD_BYTES,
         }
@@ -54,7 +57,17 @@ impl Draft {
 
     /// Whether another row fits.
     pub fn has_room(&self) -> bool {
-        self.tokens_left > 0 && self.rows_left > 0
+        self.prompts_left > 0 && self.rows_left > 0
+    }
+
+    /// Rows so far.
+    pub fn rows(&self) -> u32 {
+        self.rows.len() as u32
+    }
+
+    /// Rows from here on get at most `tokens` tokens together.
+    pub fn bound(&mut self, tokens: u32) {
+        self.prompts_left = self.prompts_left.min(tokens);
     }
 
     /// Tokens of the budget that no row has a use for, when all decode.
@@ -64,27 +77,34 @@ impl Draft {
 
     /// Whether a sequence can be admitted with `memory` tokens and `payload` bytes and get something of `work` done.
     pub fn takes(&self, memory: u32, payload: u64, work: &Work) -> bool {
-        let left = self.tokens_left.saturating_sub(memory);
+        let (left, prompts) = self.left_beside(memory);
         // Alone in its step any payload goes, or the largest would wait for ever.
         let carried = payload <= self.payload_left || self.payload_left == PAYLOAD_BYTES;
-        self.rows_left > 0 && carried && share(left, work) > 0
+        self.rows_left > 0 && carried && share(left, prompts, work) > 0
     }
 
     /// Takes a memory of `tokens` tokens and an admission of `payload` bytes out of the budget.
     pub fn admit(&mut self, tokens: u32, payload: u64) {
-        self.tokens_left = self.tokens_left.saturating_sub(tokens);
+        (self.tokens_left, self.prompts_left) = self.left_beside(tokens);
         self.payload_left = self.payload_left.saturating_sub(payload);
+    }
+
+    /// What is left of the budget, and of it for prompts, beside a memory; its own sequence gets a token at least.
+    fn left_beside(&self, memory: u32) -> (u32, u32) {
+        let left = self.tokens_left.saturating_sub(memory);
+        let prompts = self.prompts_left.saturating_sub(memory);
+        (left, prompts.max(self.prompts_left.min(1)).min(left))
     }
 
     /// How much of `work` a row gets now; 0 when its first span does not fit what is left.
     pub fn share(&self, work: &Work) -> u32 {
-        share(self.tokens_left, work)
+        share(self.tokens_left, self.prompts_left, work)
     }
 
     /// Adds a row that gets its share of `work`, which must not be 0; `finish` deals out the rest.
     pub fn add(&mut self, sequence: u64, pages: Vec<u32>, work: Work) {
         let tokens = self.share(&work);
-        self.tokens_left -= tokens;
+        self.take(tokens);
         self.rows_left -= 1;
         let row = Row {
             sequence,
@@ -97,12 +117,17 @@ impl Draft {
         self.rows.push((row, work));
     }
 
+    fn take(&mut self, tokens: u32) {
+        self.tokens_left -= tokens;
+        self.prompts_left = self.prompts_left.saturating_sub(tokens);
+    }
+
     /// Deals out what is left, first come first served, and marks the rows that reach their last known token.
     pub fn finish(mut self) -> Vec<Row> {
         for (row, work) in &mut self.rows {
-            let most = work.tokens.min(row.tokens + self.tokens_left);
+            let most = work.tokens.min(row.tokens + self.prompts_left);
             let tokens = work.whole_within(most).max(row.tokens);
-            self.tokens_left -= tokens - row.tokens;
+            self.prompts_left -= tokens - row.tokens;
             row.tokens = tokens;
             row.sample = tokens == work.tokens;
         }
@@ -112,11 +137,10 @@ impl Draft {
 
 /// A row that wants more than one token gets at most half of what is left, so that several prompts advance together;
 /// what must not be cut it gets as a whole or not at all.
-fn share(left: u32, work: &Work) -> u32 {
-    let most = work.tokens.min(left);
-    let fair = most.min((left / 2).max(LEAST_CHUNK));
+fn share(left: u32, prompts: u32, work: &Work) -> u32 {
+    let fair = work.tokens.min(prompts).min((prompts / 2).max(LEAST_CHUNK));
     match work.whole_within(fair) {
-        0 if work.first_span() <= most => work.first_span(),
+        0 if prompts > 0 && work.first_span() <= left => work.first_span(),
         tokens => tokens,
     }
 }
@@ -168,6 +192,30 @@ mod tests {
         assert_eq!(Draft::new(101, 8).share(&begins_with_it), 101);
         assert!(!Draft::new(110, 8).takes(10, 0, &begins_with_it));
         assert!(Draft::new(111, 8).takes(10, 0, &begins_with_it));
+    }
+
+    #[test]
+    fn a_prompt_is_cut_at_a_bound_and_an_image_in_one_piece_passes_once() {
+        let mut draft = Draft::new(512, 8);
+        draft.add(1, vec![], work(40, 1, &[]));
+        draft.bound(32);
+        draft.add(2, vec![], work(0, 300, &[(20, 200)]));
+        assert!(draft.has_room());
+        draft.add(3, vec![], work(0, 300, &[(0, 200)]));
+        assert!(!draft.has_room() && !draft.takes(0, 0, &work(0, 300, &[(0, 200)])));
+        let tokens: Vec<u32> = draft.finish().iter().map(|row| row.tokens).collect();
+        assert_eq!(tokens, [1, 20, 200]);
+    }
+
+    #[test]
+    fn a_memory_passes_a_bound_and_leaves_its_sequence_a_token() {
+        let mut draft = Draft::new(512, 8);
+        draft.bound(32);
+        assert!(draft.takes(400, 0, &work(0, 3, &[])));
+        draft.admit(400, 0);
+        draft.add(1, vec![], work(0, 3, &[]));
+        assert!(!draft.has_room());
+        assert_eq!(draft.finish()[0].tokens, 1);
     }
 
     #[test]

@@ -170,11 +170,25 @@ impl Scheduler {
             self.adapters.unhold(adapter);
         }
         let tokens = step.rows.iter().map(Row::known).sum();
-        self.pace.record(tokens, now.saturating_sub(step.planned));
+        let took = now.saturating_sub(step.planned);
+        self.pace.record(tokens, took);
+        // What reading images or a source took says nothing of tokens.
+        if !step.rows.iter().any(|row| self.reads_beside(row)) {
+            let decoding = step.rows.iter().filter(|row| row.known() == 1).count() as u32;
+            self.chunk.learn(decoding, tokens - decoding, took);
+        }
         for (index, (row, answer)) in step.rows.iter().zip(&reply.rows).enumerate() {
             self.commit_row(now, index, row, answer);
         }
         Ok(Acceptance::Committed)
+    }
+
+    /// Whether a row is of a prompt that is more than tokens.
+    fn reads_beside(&self, row: &Row) -> bool {
+        self.request(row.sequence).is_some_and(|request| {
+            let more = request.payload > 0 || request.memory_tokens > 0;
+            more && (row.start as usize) < request.prompt.len()
+        })
     }
 
     fn commit_row(&mut self, now: Time, index: usize, row: &Row, answer: &RowReply) {

@@ -6,6 +6,7 @@
 mod adapters;
 mod audit;
 mod budget;
+mod chunk;
 mod commit;
 mod fairness;
 mod lookup;
@@ -42,6 +43,7 @@ pub use step::{
     What,
 };
 
+use chunk::Chunk;
 use commit::Pace;
 use fairness::Fairness;
 use pages::Pages;
@@ -100,7 +102,8 @@ pub struct Grant {
     pub epoch: u64,
     /// Pages on every rank.
     pub pages: u32,
-    /// Most tokens of one step.
+    /// Most tokens of one step. Beside decoding rows prompts get fewer, so that a step takes about twice as long as one
+    /// without them: answers flow on while many prompts wait, and these wait longer.
     pub step_tokens: u32,
     /// Bytes for adapters on every rank.
     pub adapter_bytes: u64,
@@ -176,6 +179,7 @@ pub struct Scheduler {
     deadlines: BTreeSet<(Time, u64)>,
     events: Vec<Event>,
     pace: Pace,
+    chunk: Chunk,
     preemptions: u64,
     replays: u64,
     guessed: Guessed,
@@ -211,6 +215,7 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             events: Vec::new(),
             pace: Pace::default(),
+            chunk: Chunk::default(),
             preemptions: 0,
             replays: 0,
             guessed: Guessed::default(),

@@ -152,8 +152,14 @@ impl Scheduler {
                 None => {}
             }
         }
+        let decoded = self.continue_rows(decoding, draft);
+        draft.bound(self.chunk.beside(draft.rows()));
+        self.continue_rows(prompts, draft) && decoded
+    }
+
+    fn continue_rows(&mut self, ids: Vec<u64>, draft: &mut Draft) -> bool {
         let mut all = true;
-        for id in decoding.into_iter().chain(prompts) {
+        for id in ids {
             // An older sequence may have taken its pages just now.
             if self.running.contains(&id) && self.grow(id) && draft.has_room() {
                 all &= self.continue_row(id, draft);

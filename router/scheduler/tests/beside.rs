@@ -63,6 +63,11 @@ impl Toy {
         self.scheduler.audit().unwrap();
         step
     }
+
+    /// Computes all prompts, and then a step without, before which nothing goes beside it.
+    fn settle(&mut self) {
+        while self.turn().rows.iter().any(|row| row.tokens > 1) {}
+    }
 }
 
 fn together() -> Model {
@@ -115,6 +120,7 @@ fn a_source_is_read_by_the_step_that_admits_it() {
         (sizes(&step), step.admit[0].memory.len()),
         (vec![(first, 1)], 3)
     );
+    assert_eq!(sizes(&toy.turn()), [(first, 1)]);
     let step = toy.turn();
     assert_eq!(sizes(&step), [(first, 1), (second, 1)]);
     assert_eq!(toy.scheduler.load().pages.used, 2 * (3 + 1));
@@ -196,7 +202,7 @@ fn what_is_shared_ends_at_no_cut_and_holds_no_other_image() {
     let start = |model: Model, digest| {
         let mut toy = Toy::new(100, 200, model);
         toy.ask(illustrated(20, 30, 1, 1)).unwrap();
-        toy.turn();
+        toy.settle();
         let again = toy.ask(illustrated(20, 30, 1, digest)).unwrap();
         let step = toy.turn();
         let row = step.rows.iter().find(|row| row.sequence == again);
@@ -218,7 +224,7 @@ fn images_that_are_looked_at_are_shared_as_well() {
         };
         let mut toy = Toy::new(100, 200, Model::default());
         toy.ask(looked_at(1)).unwrap();
-        toy.turn();
+        toy.settle();
         let again = toy.ask(looked_at(digest)).unwrap();
         let step = toy.turn();
         assert_eq!(step.admit[0].memory.len(), 1, "a memory is nobody else's");
@@ -245,7 +251,7 @@ fn a_recurrent_state_and_a_source_are_shared_with_nobody() {
     ] {
         let mut toy = Toy::new(100, 200, model);
         toy.ask(request.clone()).unwrap();
-        toy.turn();
+        toy.settle();
         toy.ask(request).unwrap();
         assert_eq!(toy.turn().rows[1].start, 0);
         assert_eq!(toy.scheduler.load().pages.cached, 0);

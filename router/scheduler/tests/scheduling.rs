@@ -109,12 +109,47 @@ fn sizes(step: &Step) -> Vec<(u64, u32)> {
 
 #[test]
 fn running_rows_come_first_and_prompts_share_what_is_left() {
-    let mut toy = Toy::new(100, 200, 8);
+    let mut toy = Toy::new(1000, 200, 8);
     let short = toy.ask("t", 4, 100);
     assert_eq!(sizes(&toy.turn()), [(short, 4)]);
-    let (a, b) = (toy.ask("t", 300, 5), toy.ask("t", 300, 5));
+    let (a, b) = (toy.ask("t", 4000, 5), toy.ask("t", 4000, 5));
+    assert_eq!(sizes(&toy.turn()), [(short, 1)]);
+    assert_eq!(sizes(&toy.turn()), [(short, 1), (a, 16)]);
+    for _ in 0..10 {
+        toy.turn();
+    }
     assert_eq!(sizes(&toy.turn()), [(short, 1), (a, 135), (b, 64)]);
-    assert_eq!(sizes(&toy.turn()), [(short, 1), (a, 135), (b, 64)]);
+}
+
+#[test]
+fn streams_flow_on_while_long_prompts_arrive() {
+    let mut toy = Toy::new(1000, 512, 8);
+    let slow_turn = |toy: &mut Toy| {
+        let step = toy.plan().expect("work");
+        let tokens: u32 = step.rows.iter().map(|row| row.tokens).sum();
+        let prompt = tokens.saturating_sub(step.rows.len() as u32);
+        let each = Time::from_micros(250) * prompt;
+        toy.now += each;
+        toy.answer(&step);
+        (step, Time::from_millis(10) + each)
+    };
+    let stream = toy.ask("t", 4, 1000);
+    slow_turn(&mut toy);
+    let long: Vec<u64> = (0..3).map(|_| toy.ask("u", 2000, 1)).collect();
+    let mut taken = Vec::new();
+    while long.iter().any(|&id| toy.scheduler.journal(id).is_some()) {
+        let (step, took) = slow_turn(&mut toy);
+        assert_eq!(sizes(&step)[0], (stream, 1));
+        taken.push(took);
+    }
+    assert!(
+        taken.iter().max() <= Some(&Time::from_millis(25)),
+        "{taken:?}"
+    );
+    assert!(taken.len() < 3 * 2000 / 30, "{}", taken.len());
+    toy.scheduler.cancel(toy.now, stream);
+    let alone = toy.ask("v", 2000, 1);
+    assert_eq!(sizes(&toy.turn()), [(alone, 512)]);
 }
 
 #[test]
@@ -229,6 +264,7 @@ fn a_request_whose_adapter_loads_stops_nobody() {
     let waits = toy.scheduler.submit(toy.now, under).unwrap();
     let base = toy.ask("t", 10, 3);
     assert_eq!(sizes(&toy.turn()), [(base, 10)]);
+    assert_eq!(sizes(&toy.turn()), [(base, 1)]);
     toy.scheduler.adapter_loaded(toy.now, handle, "digest", 10);
     let step = toy.turn();
     assert_eq!(sizes(&step), [(base, 1), (waits, 10)]);
@@ -395,7 +431,7 @@ fn planning_a_step_of_64_rows_takes_tens_of_microseconds() {
     for number in 0..64 {
         toy.ask(["a", "b", "c"][number % 3], 2000 + number as u32, 500);
     }
-    while toy.turn().rows.iter().any(|row| row.tokens > 1) {}
+    while toy.turn().rows.iter().filter(|row| row.tokens == 1).count() < 64 {}
     let mut times = Vec::new();
     for _ in 0..300 {
         let begun = Instant::now();
