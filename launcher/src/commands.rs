@@ -104,6 +104,10 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
     let mut variables: Vec<_> = inherited.cloned().collect();
     // Everything a shard reads lies in folders by now.
     set(&mut variables, "HF_HUB_OFFLINE", "1");
+    // Threads that spin after one operator hold up the kernels' own, which run next.
+    if !variables.iter().any(|(name, _)| name == "OMP_WAIT_POLICY") {
+        set(&mut variables, "OMP_WAIT_POLICY", "passive");
+    }
     Invocation {
         program: environment.programs.join(SERVER),
         args: args.0,
@@ -353,6 +357,19 @@ mod tests {
     }
 
     #[test]
+    fn threads_of_a_shard_do_not_spin_unless_the_operator_says_so() {
+        let policy = |variables: &[(&str, &str)]| {
+            let [shard, _] = whole(&[], variables);
+            let of_it = |(name, _): &&(OsString, OsString)| name == "OMP_WAIT_POLICY";
+            let found: Vec<_> = shard.variables.iter().filter(of_it).cloned().collect();
+            found
+        };
+        let is = |value: &str| vec![("OMP_WAIT_POLICY".into(), value.into())];
+        assert_eq!(policy(&[]), is("passive"));
+        assert_eq!(policy(&[("OMP_WAIT_POLICY", "active")]), is("active"));
+    }
+
+    #[test]
     fn secrets_are_in_no_argument_and_reach_no_shard() {
         let [shard, router] = whole(
             &["--api-key=hunter2", "--admin-api-key=hunter5"],
@@ -367,7 +384,7 @@ mod tests {
         for invocation in [&shard, &router] {
             assert!(!line(invocation).contains("hunter"), "{}", line(invocation));
         }
-        assert_eq!(names(&shard), ["PATH", "HF_HUB_OFFLINE"]);
+        assert_eq!(names(&shard), ["PATH", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY"]);
         assert_eq!(
             names(&router),
             ["HF_TOKEN", "MY_KEY", "PATH", "API_KEY", "ADMIN_API_KEY"]
