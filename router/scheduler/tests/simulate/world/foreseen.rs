@@ -5,9 +5,12 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// Tokens of the prompt and the whole answer of every request whose answer is known.
+/// Tokens of a prompt, and the whole answer.
+type Known = (u32, Vec<u32>);
+
+/// What is known of every request whose answer is.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Foreseen(Rc<RefCell<BTreeMap<u64, (u32, Vec<u32>)>>>);
+pub(super) struct Foreseen(Rc<RefCell<BTreeMap<u64, Known>>>);
 
 impl Foreseen {
     pub(super) fn keep(&self, id: u64, client: &Client) {
