@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use kvrun_router::request::{AdapterState, Event, Failure, LoadError, Refusal};
-use support::{ask, collect, request, start, within};
+use kvrun_router::request::{AdapterSpec, AdapterState, Event, Failure, LoadError, Refusal};
+use support::{ask, collect, request, start, within, write_adapter};
 
 #[tokio::test]
 async fn a_loaded_adapter_is_listed_with_what_the_shard_said() {
@@ -51,6 +51,43 @@ async fn bad_adapters_are_refused_with_the_reason() {
     other.name = "a".to_owned();
     assert!(matches!(load(other).await, Err(LoadError::Taken { .. })));
     assert!(bench.engine.adapters().resolve("huge").is_err());
+}
+
+#[tokio::test]
+async fn adapters_beyond_the_room_wait_for_their_first_request() {
+    let home = tempfile::tempdir().unwrap();
+    let names: Vec<String> = (0..20).map(|number| format!("a{number:02}")).collect();
+    let mut bench = start(|setup| {
+        setup.engine.adapter_bytes = 100;
+        let specs = names.iter().map(|name| {
+            let path = home.path().join(name);
+            write_adapter(&path, name, 30);
+            AdapterSpec {
+                name: name.clone(),
+                path,
+                pinned: false,
+            }
+        });
+        setup.engine.adapters = specs.collect();
+    })
+    .await;
+    let states = |bench: &support::Bench| -> Vec<AdapterState> {
+        let all = bench.engine.adapters().list();
+        all.into_iter().map(|info| info.state).collect()
+    };
+    let first = states(&bench);
+    let ready = first.iter().filter(|&&state| state == AdapterState::Ready);
+    assert_eq!(ready.count(), 3, "{first:?}");
+    assert_eq!(first[7..], [AdapterState::Known; 13], "{first:?}");
+    assert!(!first.contains(&AdapterState::Failed), "{first:?}");
+    for name in ["a19", "a12", "a00", "a15"] {
+        bench.write_adapter(name, 30);
+        let mut asked = request(1, 20, 20);
+        asked.adapter = bench.adapter(name);
+        let answer = within(ask(&bench.engine, asked.clone())).await.0;
+        assert_eq!(answer, bench.alone(&asked, Some(name)));
+    }
+    assert!(!states(&bench).contains(&AdapterState::Failed));
 }
 
 #[tokio::test]

@@ -105,6 +105,8 @@ pub struct Adapters {
     all: BTreeMap<AdapterId, AdapterView>,
     /// Absent adapters that somebody wants.
     wanted: BTreeSet<AdapterId>,
+    /// Nobody asked for them yet; they are wanted as long as none has to make room for another.
+    early: BTreeSet<AdapterId>,
     leaving: BTreeSet<AdapterId>,
     by_handle: BTreeMap<u64, AdapterId>,
     capacity: u64,
@@ -138,6 +140,21 @@ impl Adapters {
         id
     }
 
+    /// Registers an adapter to load before anybody asks for it, if there is room; otherwise its first request wants it.
+    pub fn register_early(&mut self, estimate: u64, pinned: bool, now: Time) -> AdapterId {
+        let id = self.register(estimate, pinned, now);
+        if !pinned {
+            self.early.insert(id);
+        }
+        id
+    }
+
+    /// Whether it is on its way to the shard.
+    pub fn is_coming(&self, id: AdapterId) -> bool {
+        let loading = |view: &AdapterView| matches!(view.residency, Residency::Loading { .. });
+        self.wanted.contains(&id) || self.get(id).is_some_and(loading)
+    }
+
     /// One adapter.
     pub fn get(&self, id: AdapterId) -> Option<&AdapterView> {
         self.all.get(&id)
@@ -155,6 +172,7 @@ impl Adapters {
 
     /// Wants an absent or failed adapter on the shard (again).
     pub fn want(&mut self, id: AdapterId) {
+        self.early.remove(&id);
         if let Some(view) = self.all.get_mut(&id) {
             if matches!(view.residency, Residency::Failed { .. }) {
                 view.residency = Residency::Absent;
@@ -194,6 +212,7 @@ impl Adapters {
         if let Some(view) = self.all.get_mut(&id) {
             view.users += 1;
             view.used_at = now;
+            self.early.remove(&id);
             if view.residency == Residency::Absent {
                 self.wanted.insert(id);
             }

@@ -8,7 +8,8 @@ use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use kvrun_proto::{LoadedAdapter, Outcome};
 use kvrun_scheduler::{
-    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, Scheduler, Time,
+    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, Residency, Scheduler,
+    Time,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::{Code, Status};
@@ -120,7 +121,9 @@ impl Driver {
             options,
         };
         for spec in std::mem::take(&mut driver.options.adapters) {
-            let id = driver.register(spec);
+            let adapters = driver.scheduler.adapters_mut();
+            let id = adapters.register_early(0, spec.pinned, Time::ZERO);
+            driver.registry.add(id, spec);
             driver.first_loads.insert(id);
         }
         driver
@@ -316,13 +319,21 @@ impl Driver {
                     }
                     _ => LoadFault::Unfit,
                 };
-                tracing::warn!(
-                    handle,
-                    reason = status.message(),
-                    "an adapter was not loaded"
-                );
+                let id = self.scheduler.adapters().of_handle(handle);
+                let reason = status.message();
                 self.scheduler
-                    .adapter_load_failed(now, handle, fault, status.message());
+                    .adapter_load_failed(now, handle, fault, reason);
+                let adapters = self.scheduler.adapters();
+                let view = id.and_then(|id| adapters.get(id));
+                let absent = view.is_some_and(|view| view.residency == Residency::Absent);
+                if absent && !id.is_some_and(|id| adapters.is_coming(id)) {
+                    tracing::info!(
+                        reason,
+                        "no room to load more adapters early; the first request for one loads it"
+                    );
+                } else {
+                    tracing::warn!(handle, reason, "an adapter was not loaded");
+                }
             }
         }
     }

@@ -62,7 +62,7 @@ pub struct EngineOptions {
     pub share_prefixes: bool,
     /// Most tokens of a sequence that one step computes on a guess; 0 = none.
     pub speculate: u32,
-    /// Adapters to load before the engine is ready.
+    /// Adapters to load before the engine is ready, in this order as far as there is room.
     pub adapters: Vec<AdapterSpec>,
     /// Called from the engine's task; must not block.
     pub control: Arc<dyn Fn(Control) + Send + Sync>,
@@ -183,7 +183,7 @@ impl Engine {
         status
     }
 
-    /// Waits for the first epoch that serves, with the adapters of the options loaded or failed.
+    /// Waits for the first epoch that serves, with the adapters of the options loaded, failed or left for later.
     pub async fn ready(&self) {
         // An error means that the task is gone; then nothing will ever be ready and status() says so.
         let _ = self.ready.clone().wait_for(|ready| *ready).await;

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use kvrun_proto::{Outcome, Sampling};
-use kvrun_scheduler::{AdapterId, Failure as Ended, Finish as Complete, Step, What};
+use kvrun_scheduler::{Failure as Ended, Finish as Complete, Step, What};
 use tokio::sync::mpsc;
 
 use super::drive::{Driver, Link};
@@ -102,8 +102,7 @@ impl Driver {
         self.meters.load(&load);
         let serving = matches!(self.link, Link::Serving(_));
         let adapters = self.scheduler.adapters();
-        let settled = |id: &AdapterId| adapters::outcome(adapters.get(*id)).is_some();
-        self.first_loads.retain(|id| !settled(id));
+        self.first_loads.retain(|&id| adapters.is_coming(id));
         let ready = serving && (*self.announce.borrow() || self.first_loads.is_empty());
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         shown.waiting_since = (!self.open.is_empty()).then_some(self.progressed);

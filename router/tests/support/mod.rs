@@ -1,7 +1,7 @@
 //! An engine over fake shards on unix sockets, and answers to compare with.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,6 +88,15 @@ pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
     bench
 }
 
+/// Writes an adapter's folder, the same for the same name and size.
+pub fn write_adapter(folder: &Path, name: &str, bytes: usize) {
+    std::fs::create_dir_all(folder).unwrap();
+    let config = r#"{"r": 4, "target_modules": ["q_proj"]}"#;
+    std::fs::write(folder.join("adapter_config.json"), config).unwrap();
+    let weights: Vec<u8> = name.bytes().cycle().take(bytes).collect();
+    std::fs::write(folder.join("adapter_model.safetensors"), weights).unwrap();
+}
+
 /// Fails a test that hangs.
 pub async fn within<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(60), work)
@@ -102,12 +111,7 @@ impl Bench {
 
     /// Writes an adapter folder whose weights have `bytes` bytes.
     pub fn write_adapter(&mut self, name: &str, bytes: usize) {
-        let folder = self.folder(name);
-        std::fs::create_dir_all(&folder).unwrap();
-        let config = r#"{"r": 4, "target_modules": ["q_proj"]}"#;
-        std::fs::write(folder.join("adapter_config.json"), config).unwrap();
-        let weights: Vec<u8> = name.bytes().cycle().take(bytes).collect();
-        std::fs::write(folder.join("adapter_model.safetensors"), weights).unwrap();
+        write_adapter(&self.folder(name), name, bytes);
     }
 
     pub fn spec(&self, name: &str) -> AdapterSpec {

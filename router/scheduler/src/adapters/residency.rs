@@ -99,7 +99,8 @@ impl Adapters {
     }
 
     /// A load failed. Answers with the adapter when that is final; otherwise it is tried again: with more room when
-    /// the estimate was too low, after a pause when the shard gave no verdict.
+    /// the estimate was too low, after a pause when the shard gave no verdict. Where an early one found no room, no
+    /// further one is loaded early.
     pub(crate) fn load_failed(
         &mut self,
         now: Time,
@@ -112,8 +113,14 @@ impl Adapters {
         let others_load = self.loading() > 1;
         let capacity = self.capacity;
         let view = self.all.get_mut(&id)?;
+        let crowded = others > 0 || others_load;
+        if fault == LoadFault::NoRoom && crowded && self.early.contains(&id) {
+            view.residency = Residency::Absent;
+            self.wanted.retain(|id| !self.early.contains(id));
+            return None;
+        }
         let again = match fault {
-            LoadFault::NoRoom if others > 0 || others_load => {
+            LoadFault::NoRoom if crowded => {
                 // Ask for a byte more than was free, which evicts one more idle adapter.
                 view.bytes = view.bytes.max(capacity.saturating_sub(others) + 1);
                 true

@@ -287,7 +287,11 @@ impl World {
             .filter(|_| self.rng.random_bool(0.6))
         else {
             let pinned = self.rng.random_bool(0.1);
-            let id = self.scheduler.adapters_mut().register(0, pinned, self.now);
+            let adapters = self.scheduler.adapters_mut();
+            let id = match self.folders.len() % 3 {
+                0 => adapters.register_early(0, pinned, self.now),
+                _ => adapters.register(0, pinned, self.now),
+            };
             let folder = Folder {
                 digest: format!("digest {}", self.rng.random_range(0..1000)),
                 bytes: self.rng.random_range(1..40),
