@@ -1,5 +1,6 @@
 """Weights kept as the kernels read them: the same model to the bit, and never a stale one."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,12 @@ WAYS = [
     ("flan_t5", {"dtype": "float32", "quantize": "fp8"}),
     ("idefics2", {"dtype": "float32"}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_heard():
+    """Whatever other tests turned off."""
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
