@@ -31,7 +31,7 @@ class Row:
     kind: str  # transformers' model type
     config: dict
     # Of its weights. Scores as large as these weights make them come so close to each other in some draws that the last
-    # bit of a float32 decides between two keys or two experts, in transformers as here; those draws are passed over.
+    # bit of a float32 decides between two keys or two experts, in transformers as here; draws in which either does are passed over.
     seed: int = 0
     # From transformers' config and tensors to those of the published checkpoints, where the two differ.
     published: Callable[[dict, Tensors], tuple[dict, Tensors]] | None = None
