@@ -48,6 +48,10 @@ struct RealArgs {
     #[arg(long, hide = true)]
     quantize: Option<String>,
     #[arg(long, hide = true)]
+    activation_dtype: Option<String>,
+    #[arg(long, hide = true)]
+    packed_cache: Option<String>,
+    #[arg(long, hide = true)]
     num_threads: Option<String>,
     #[arg(long, hide = true)]
     kv_cache_bytes: Option<String>,
