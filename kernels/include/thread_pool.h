@@ -18,9 +18,6 @@ int64_t thread_count();
 // This thread's buffer number `slot`, 64-byte aligned, at least `bytes` long; it stays valid until asked for longer.
 void* scratch(int slot, size_t bytes);
 
-// Asks for 2 MiB pages behind a large buffer, before its first use.
-void prefer_huge_pages(void* start, size_t bytes);
-
 // Buffers that one call may hold together. A task may run on the calling thread: so the slots differ.
 enum Slot { kCall = 0, kCallTable = 1, kTask = 2, kSlots = 3 };
 

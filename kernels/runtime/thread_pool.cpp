@@ -6,7 +6,6 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -226,13 +225,6 @@ void* scratch(int slot, size_t bytes) {
     mine.bytes[slot] = rounded;
   }
   return mine.start[slot];
-}
-
-void prefer_huge_pages(void* start, size_t bytes) {
-  constexpr uintptr_t huge = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + huge - 1) / huge * huge;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) / huge * huge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 }  // namespace kvrun

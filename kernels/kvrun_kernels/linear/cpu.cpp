@@ -38,7 +38,6 @@ template <class W>
 void pack(W* panels, const W* weight, int64_t outputs, int64_t inputs, int64_t stride) {
   constexpr int pair = Widened<W>::inputs;
   const int64_t steps = (inputs + pair - 1) / pair, count = (outputs + kPanel - 1) / kPanel;
-  prefer_huge_pages(panels, count * kPanel * steps * pair * sizeof(W));
   parallel_for(count, [&](int64_t p) {
     W* to = panels + p * kPanel * steps * pair;
     for (int64_t k = 0; k < steps * pair; k += pair)

@@ -343,7 +343,6 @@ void run_rounded(const Call& call) {
 void pack(uint8_t* panels, const uint8_t* codes, int64_t outputs, int64_t inputs, bool nibbles) {
   const int64_t padded = (inputs + kPad - 1) / kPad * kPad, count = (outputs + kPanel - 1) / kPanel;
   const int64_t panel_bytes = padded * kPanel / (nibbles ? 2 : 1);
-  prefer_huge_pages(panels, count * panel_bytes);
   const int64_t unit = nibbles ? 8 : 2, bytes = nibbles ? 4 : 2;
   parallel_for(count, [&](int64_t p) {
     for (int64_t n = 0; n < kPanel; n++) {
