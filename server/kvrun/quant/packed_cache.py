@@ -23,9 +23,12 @@ from kvrun_kernels.linear.op import PackedLinear
 from kvrun_kernels.quantized_linear.op import PackedQuantized
 from torch import Tensor
 
+from kvrun.errors import FilesError
 from kvrun.quant.coded import CodedLinear, Stacked
 from kvrun.quant.dense import DenseLinear
 from kvrun.quant.format import QuantizedLinear
+from kvrun.weights.checkpoint import raw_header
+from kvrun.weights.load import torch_dtype
 
 log = logging.getLogger("kvrun.weights")
 CHUNK = 16 << 20  # bytes that one thread reads at a time
@@ -63,7 +66,7 @@ class PackedCache:
             began = time.perf_counter()
             self._stored = iter(_read(self.file))
             log.info("packed weights came from %s in %.1f s", self.file, time.perf_counter() - began)
-        except (OSError, ValueError, KeyError) as error:
+        except (FilesError, OSError, RuntimeError, ValueError, KeyError) as error:
             log.warning("packed weights in %s cannot be read (%s); they are packed anew", self.file, error)
 
     @property
@@ -115,17 +118,13 @@ def _write(file: Path, weights: list[QuantizedLinear]) -> None:
 
 
 def _read(file: Path) -> list[QuantizedLinear]:
+    raw, held = raw_header(file)
+    header = json.loads(raw)
+    shape = json.loads(header.pop("__metadata__")["weights"])
     with file.open("rb") as source:
-        length = int.from_bytes(source.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError(f"its header would have {length} bytes")
-        header = json.loads(source.read(length))
-        shape = json.loads(header.pop("__metadata__")["weights"])
-        size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        arena = _arena(source.fileno(), 8 + length, size)
-    names = {name: dtype for dtype, name in DTYPES.items()}
+        arena = _arena(source.fileno(), 8 + len(raw), held)
     tensors = [
-        arena[entry["data_offsets"][0] : entry["data_offsets"][1]].view(names[entry["dtype"]]).view(entry["shape"])
+        arena[entry["data_offsets"][0] : entry["data_offsets"][1]].view(torch_dtype(entry["dtype"])).view(entry["shape"])
         for _, entry in sorted(header.items(), key=lambda item: int(item[0]))
     ]
     return [_thawed(item, tensors) for item in shape]
@@ -141,7 +140,7 @@ def _arena(descriptor: int, start: int, size: int) -> Tensor:
         while at < end:
             count = os.preadv(descriptor, [view[at:end]], start + at)
             if count == 0:
-                raise OSError(f"it ends after {start + at} bytes, {start + size} are promised; delete it")
+                raise OSError(f"it became shorter than {start + size} bytes while it was read")
             at += count
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -149,7 +149,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     """The raw header of a safetensors file and its tensors, every offset checked against the file's true size."""
-    raw, held = _raw_header(file)
+    raw, held = raw_header(file)
     try:
         stated = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
         entries = {name: Entry(file, value["dtype"], tuple(value["shape"])) for name, value in stated.items()}
@@ -166,7 +166,7 @@ def _header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     return raw, entries
 
 
-def _raw_header(file: Path) -> tuple[bytes, int]:
+def raw_header(file: Path) -> tuple[bytes, int]:
     """The bytes of a file's header, and how many bytes follow it."""
     try:
         total = file.stat().st_size
