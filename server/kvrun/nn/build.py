@@ -86,9 +86,9 @@ def load_model(
     encoder = build.encoder(decoder.embed)
     sight = build.sight()
     checkpoint.close()
-    cache.keep()
     if rounded and not any(linear.weight.rounded for linear in build.linears):
         raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")
+    cache.keep()
     vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
         spec=model,
