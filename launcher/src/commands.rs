@@ -338,6 +338,7 @@ mod tests {
                 "--dtype=bfloat16",
                 "--kv-cache-dtype=int8",
                 "--activation-dtype=int8",
+                "--packed-cache=/packed",
             ],
             &[],
         );
@@ -348,7 +349,7 @@ mod tests {
         assert!(line(&shard).starts_with(
             "serve /models/m --uds-path /run/kvrun-1/shard-1 --rank 1 --world-size 2 --rendezvous \
              /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype int8 --quantize gptq \
-             --activation-dtype int8"
+             --activation-dtype int8 --packed-cache /packed"
         ));
         assert!(line(&router).starts_with(
             "--http-fd 5 --control-fd 6 --shard-uds-path /run/kvrun-1/shard --num-shard 2 --tokenizer-name /models/m"
