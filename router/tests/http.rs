@@ -274,6 +274,7 @@ async fn the_server_says_what_it_is_and_that_it_is_well() {
     assert_eq!(info["max_total_tokens"], 512);
     assert_eq!(info["max_input_tokens"], 256);
     assert_eq!(info["model_dtype"], "float32");
+    assert_eq!(info["activation_dtype"], "float32");
     assert_eq!(info["model_device_type"], "cpu");
     assert_eq!(info["router"], "text-generation-router");
 }

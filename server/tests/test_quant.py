@@ -150,8 +150,9 @@ def test_formats_made_at_load_answer_as_the_weights_they_stand_for(quantize, pla
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_activations_of_8_bits_stay_near_the_exact_ones(quantize, plain):
-    exact, rounded = (inner(load_model(plain, dtype="float32", quantize=quantize, activation_dtype=dtype)) for dtype in ("auto", "int8"))
-    for one, other in zip(exact, rounded, strict=True):
+    exact, rounded = (load_model(plain, dtype="float32", quantize=quantize, activation_dtype=dtype) for dtype in ("auto", "int8"))
+    assert (exact.activation_dtype, rounded.activation_dtype) == ("float32", "int8")
+    for one, other in zip(inner(exact), inner(rounded), strict=True):
         assert torch.equal(one.weight.dense(), other.weight.dense())
         x = torch.randn(64, one.in_features)
         wanted, found = one.weight.matmul(x), other.weight.matmul(x)

@@ -148,6 +148,7 @@ impl Options {
             page_tokens: self.page_tokens,
             vocabulary_limit: self.vocabulary,
             kv_dtype: "float32".to_owned(),
+            activation_dtype: "float32".to_owned(),
             lora_targets: vec!["q_proj".to_owned(), "v_proj".to_owned()],
             ..Default::default()
         }

@@ -46,6 +46,8 @@ pub struct Info {
     pub architecture: String,
     pub quantize: Option<String>,
     pub kv_dtype: String,
+    /// What linears multiply their weights with: the model's own type, or "int8" where coded ones take it rounded.
+    pub activation_dtype: String,
     /// Tensor-parallel ranks.
     pub shards: u32,
     pub vocabulary: u32,
@@ -99,6 +101,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         architecture: description.architecture,
         quantize: Some(description.quantize).filter(|format| !format.is_empty()),
         kv_dtype: description.kv_dtype,
+        activation_dtype: description.activation_dtype,
         shards: description.world,
         vocabulary: description.vocabulary,
         kernels: description.kernels.into_iter().collect(),

@@ -91,6 +91,7 @@ class Engine:
             "architecture": model.architecture,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_dtype": stored_name(self.kv_dtype),
+            "activation_dtype": model.activation_dtype,
             "device": str(model.device),
             "vocabulary": model.vocabulary,
             "vocabulary_limit": model.vocabulary_limit,

@@ -47,6 +47,11 @@ class LoadedModel:
     digest: str
 
     @property
+    def activation_dtype(self) -> str:
+        """What linears multiply their weights with; "int8" where some of it is rounded first."""
+        return "int8" if any(linear.weight.rounded for linear in self.linears) else str(self.dtype).removeprefix("torch.")
+
+    @property
     def state_kinds(self) -> list[str]:
         """What a sequence keeps here, by the wire's names for it."""
         kept = {"pages": self.page_shapes, "slots": self.slot_shapes, "memory": self.encoder}
