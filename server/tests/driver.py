@@ -149,3 +149,17 @@ class Driver:
         while self.running:
             self.turn(chunk=chunk)
         return self.answers
+
+
+def answers(
+    folder: Path, prompt: Sequence[int], at: Path, *, adapter: Path | None = None, world: int = 1, quantize: str | None = None
+) -> list[list[int]]:
+    """Greedy answers of 24 tokens to one prompt in one batch: of the base, and of the adapter if there is one. at: a free folder"""
+    ranks = Ranks(folder, world, at / "rendezvous", quantize=quantize)
+    ranks.reserve()
+    driver = Driver(ranks.step)
+    driver.add(0, prompt, 24)
+    if adapter is not None:
+        ranks.load(1, adapter)
+        driver.add(1, prompt, 24, adapter=1)
+    return list(driver.run(chunk=7).values())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapters import ALL_LLAMA, likeliest, write_adapter
 from blocks import all_of, served, write_gguf
-from driver import Driver, Ranks
+from driver import answers
 from kvrun import hub, models
 from kvrun.dist import Group
 from kvrun.errors import FilesError, Unsupported
@@ -127,14 +127,7 @@ def test_the_model_computes_what_the_checkpoint_of_the_same_weights_computes(kin
 def test_adapters_over_blocks_answer_as_those_of_peft_over_the_weights(kind, made, tmp_path):
     folder, judge, _ = made(kind)
     changes = write_adapter(tmp_path / "changes", judge, r=8, lora_alpha=16, target_modules=[*ALL_LLAMA, "lm_head", "embed_tokens"])
-    ranks = Ranks(folder, 2 if "K" in kind else 1, tmp_path / "rendezvous")
-    ranks.reserve()
-    ranks.load(1, changes)
-    driver = Driver(ranks.step)
-    driver.add(0, PROMPT, 24, adapter=1)
-    driver.add(1, PROMPT, 24)
-    answers = driver.run(chunk=7)
-    adapted, base = answers[0], answers[1]
+    base, adapted = answers(folder, PROMPT, tmp_path, adapter=changes, world=2 if "K" in kind else 1)
     assert [adapted] == likeliest(judge, changes, [(PROMPT, adapted)])
     assert [base] == likeliest(judge, None, [(PROMPT, base)])
     assert adapted != base

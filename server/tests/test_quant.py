@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import ALL_LLAMA, likeliest, write_adapter
-from driver import Driver, Ranks
+from driver import answers
 from kvrun.dist import Group
-from kvrun.errors import FilesError, Unsupported
+from kvrun.errors import AdapterError, FilesError, Unsupported
 from kvrun.inspect import inspect_model
 from kvrun.nn.build import load_model
 from kvrun.nn.linear import Linear
@@ -109,24 +109,12 @@ def test_the_model_computes_what_the_plain_one_of_the_same_weights_computes(name
     torch.testing.assert_close(groups[world].step([(0, PROMPT)]), oracle(folder, [PROMPT])[0], rtol=1e-3, atol=1e-3)
 
 
-def answers(folder: Path, changes: Path, world: int, at: Path, quantize: str | None = None) -> tuple[list, list]:
-    """Greedy answers with and without the adapter."""
-    ranks = Ranks(folder, world, at / "rendezvous", quantize=quantize)
-    ranks.reserve()
-    ranks.load(1, changes)
-    driver = Driver(ranks.step)
-    driver.add(0, PROMPT, 24, adapter=1)
-    driver.add(1, PROMPT, 24)
-    found = driver.run(chunk=7)
-    return [found[0]], [found[1]]
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_adapters_over_a_format_answer_as_those_of_peft_over_its_weights(name, quantized, changes, tmp_path):
     folder = quantized(name)
-    adapted, base = answers(folder, changes, 2 if "4" in name else 1, tmp_path)
-    assert adapted == likeliest(folder, changes, [(PROMPT, adapted[0])])
-    assert base == likeliest(folder, None, [(PROMPT, base[0])])
+    base, adapted = answers(folder, PROMPT, tmp_path, adapter=changes, world=2 if "4" in name else 1)
+    assert [adapted] == likeliest(folder, changes, [(PROMPT, adapted)])
+    assert [base] == likeliest(folder, None, [(PROMPT, base)])
     assert adapted != base
 
 
@@ -134,7 +122,7 @@ def test_adapters_over_a_format_answer_as_those_of_peft_over_its_weights(name, q
 def test_formats_made_at_load_answer_as_the_weights_they_stand_for(quantize, plain, changes, tmp_path):
     model = load_model(plain, dtype="float32", quantize=quantize)
     weights, tensors = {}, load_file(plain / SINGLE)
-    for linear in inner(model):
+    for linear in model.linears:
         for source, (start, stop) in zip(linear.sources, pairwise([s.column for s in linear.sources] + [linear.out_features]), strict=True):
             weights[source.module] = linear.weight.dense()[start:stop]
             original = tensors[f"{source.module}.weight"]
@@ -143,9 +131,9 @@ def test_formats_made_at_load_answer_as_the_weights_they_stand_for(quantize, pla
     folder = tmp_path / "made"
     folder.mkdir()
     write_oracle(plain, folder, weights)
-    adapted, base = answers(plain, changes, 1, tmp_path, quantize)
-    assert adapted == likeliest(folder, changes, [(PROMPT, adapted[0])])
-    assert base == likeliest(folder, None, [(PROMPT, base[0])])
+    base, adapted = answers(plain, PROMPT, tmp_path, adapter=changes, quantize=quantize)
+    assert [adapted] == likeliest(folder, changes, [(PROMPT, adapted)])
+    assert [base] == likeliest(folder, None, [(PROMPT, base)])
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -212,9 +200,67 @@ def test_tables_made_at_load_are_those_of_bitsandbytes(kind, plain):
 def test_one_scale_for_each_output_reaches_its_largest_weight(quantize, plain):
     tensors = load_file(plain / SINGLE)
     for linear in inner(load_model(plain, dtype="float32", quantize=quantize)):
-        weight = expected(linear, tensors)
-        step = weight.abs().amax(1, keepdim=True) / 127
-        assert torch.equal(linear.weight.dense(), (weight / step).round() * step)
+        assert torch.equal(linear.weight.dense(), int8(expected(linear, tensors)))
+
+
+def int8(weight: torch.Tensor) -> torch.Tensor:
+    """What int8 codes stand for that reach the largest weight of each output."""
+    step = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / step).round() * step
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("quantize", MADE)
+@pytest.mark.parametrize("row", ["llama", "llama_tied", "baichuan2_13b"])
+def test_the_head_is_int8_in_kv_run_s_own_formats_and_the_embedding_plain_in_all(row, quantize, world, checkpoint):
+    tensors = load_file(checkpoint(row) / SINGLE)
+    embedding = tensors["model.embed_tokens.weight"]
+    rows = embedding if row == "llama_tied" else tensors["lm_head.weight"]
+    coded = quantize in ("int8", "int4")
+    wanted = int8(rows) if coded else rows
+    if row == "baichuan2_13b":
+        wanted = torch.nn.functional.normalize(wanted)
+    for rank in range(world):
+        model = load_model(checkpoint(row), dtype="float32", quantize=quantize, group=Alone(rank, world))
+        head = model.decoder.head.weight
+        assert isinstance(head.weight, CodedLinear if coded else DenseLinear)
+        torch.testing.assert_close(head.weight.dense(), wanted[head.sources[0].rows], rtol=1e-6 if row == "baichuan2_13b" else 0, atol=0)
+        first, end = model.decoder.embed.held
+        assert torch.equal(model.decoder.embed.rows(torch.arange(end - first)), embedding[first:end])
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("row", ["llama", "llama_tied"])
+def test_a_head_in_codes_is_counted_beside_a_plain_embedding(row, quantize, checkpoint):
+    model, tensors = load_model(checkpoint(row), dtype="float32", quantize=quantize), load_file(checkpoint(row) / SINGLE)
+    plain = sum(tensor.nbytes for name, tensor in tensors.items() if "embed" in name or "norm" in name)
+    assert model.weight_bytes == plain + sum(linear.weight.nbytes for linear in model.linears)
+    assert inspect_model(checkpoint(row), "float32", quantize=quantize).rank_weight_bytes == pytest.approx(model.weight_bytes, rel=0.05)
+
+
+def test_a_head_in_two_tensors_stays_plain(checkpoint):
+    model = load_model(checkpoint("idefics"), dtype="float32", quantize="int4")
+    assert isinstance(model.decoder.head.weight.weight, DenseLinear)
+    assert inspect_model(checkpoint("idefics"), "float32", quantize="int4").rank_weight_bytes == pytest.approx(model.weight_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("quantize", [None, "int4", "int8"])
+def test_adapters_that_bring_copies_of_the_published_ends_are_taken_over_codes_of_them(quantize, plain, tmp_path):
+    changes = write_adapter(tmp_path / "ends", plain, r=8, lora_alpha=16, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    file = changes / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copies = [name for name in tensors if name.endswith("base_layer.weight")]
+    assert len(copies) == 2
+    base, adapted = answers(plain, PROMPT, tmp_path, adapter=changes, quantize=quantize)
+    bare = tmp_path / "bare"
+    shutil.copytree(changes, bare)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in copies}, bare / file.name)
+    assert answers(plain, PROMPT, tmp_path, adapter=bare, quantize=quantize) == [base, adapted] and adapted != base
+    head = next(name for name in copies if "lm_head" in name)
+    tensors[head][7, 5] += tensors[head][7].abs().max() / 100
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight is not the base model's"):
+        answers(plain, PROMPT, tmp_path, adapter=changes, quantize=quantize)
 
 
 @pytest.mark.parametrize("quantize,world", [("int4", 2), ("int4", 3), ("eetq", 2), ("eetq", 3), ("bitsandbytes-nf4", 2)])

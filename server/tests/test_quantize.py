@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver import Driver, Ranks
+from driver import answers
 from kvrun.cli import main
 from kvrun.errors import FilesError
 from kvrun.inspect import inspect_model
@@ -16,7 +16,7 @@ from kvrun.nn.build import load_model
 from kvrun.quant.coded import CodedLinear
 from kvrun.quantize import calibrated, convert, output
 from kvrun.quantize.convert import Conversion
-from kvrun.quantize.layout import HEAD, ignored, layout
+from kvrun.quantize.layout import LM_HEAD, ignored, layout
 from kvrun.spec import model_of
 from kvrun.spec.config import Config
 from kvrun.weights.checkpoint import INDEX, Checkpoint
@@ -76,10 +76,14 @@ def test_transformers_computes_with_what_was_written_what_the_shard_computes(row
         more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model, found = auto(ROWS[row]).from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **more)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    with torch.inference_mode():
-        wanted = ROWS[row].logits(model.eval(), torch.tensor([PROMPT]))[0]
     shard = Runner()
     shard.load(folder)
+    # Where the shard makes the plain head int8, it is to be that one in both.
+    head = next(linear for linear in shard.model.linears if linear.sources[0].also == "lm_head")
+    assert isinstance(head.weight, CodedLinear) == (method != "fp8")
+    model.get_output_embeddings().weight = torch.nn.Parameter(head.weight.dense())
+    with torch.inference_mode():
+        wanted = ROWS[row].logits(model.eval(), torch.tensor([PROMPT]))[0]
     # Where it reads weights back at once, or experts, it rounds them to the type of their scales.
     rounded = method == "int4" and row in (*PAST_THE_MODULE, "mixtral")
     room = 0.02 * wanted.abs().max().item() if rounded else 1e-3
@@ -87,15 +91,8 @@ def test_transformers_computes_with_what_was_written_what_the_shard_computes(row
 
 
 def test_greedy_answers_are_those_of_the_format_made_at_load(checkpoint, written, tmp_path):
-    def answer(folder: Path, quantize: str | None) -> list[int]:
-        ranks = Ranks(folder, 1, tmp_path / "rendezvous", quantize=quantize)
-        ranks.reserve()
-        driver = Driver(ranks.step)
-        driver.add(0, PROMPT, 24)
-        return driver.run()[0]
-
-    stored = answer(written("llama", "int4"), None)
-    assert stored == answer(checkpoint("llama"), "int4") and len(set(stored)) > 3
+    (stored,) = answers(written("llama", "int4"), PROMPT, tmp_path)
+    assert [stored] == answers(checkpoint("llama"), PROMPT, tmp_path, quantize="int4") and len(set(stored)) > 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -105,7 +102,7 @@ def test_the_folder_is_small_and_whole_and_known_from_its_headers(method, checkp
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     fields = json.loads((folder / "config.json").read_bytes())
-    assert fields.pop("quantization_config")["ignore"][0] == HEAD and fields == json.loads((source / "config.json").read_bytes())
+    assert fields.pop("quantization_config")["ignore"][0] == LM_HEAD and fields == json.loads((source / "config.json").read_bytes())
     kept = {name for name in load_file(source / SINGLE) if "_proj" not in name}
     stored = load_file(folder / SINGLE)
     assert kept < set(stored) and (folder / SINGLE).stat().st_size < (source / SINGLE).stat().st_size * 0.6
@@ -136,7 +133,7 @@ def test_inputs_that_fill_no_groups_stay_plain_and_are_named(checkpoint, tmp_pat
 
 def test_files_are_cut_between_tensors_and_no_more_than_one_is_held(checkpoint, tmp_path, monkeypatch):
     source, most, held = checkpoint("mixtral"), 70_000, []
-    monkeypatch.setattr("kvrun.quantize.layout.ROWS", 24)  # and weights are made codes of in pieces
+    monkeypatch.setattr("kvrun.quant.made.ROWS", 24)  # and weights are made codes of in pieces
 
     def saved(tensors, path, metadata):
         held.append(sum(tensor.nbytes for tensor in tensors.values()))
@@ -160,8 +157,8 @@ def test_files_are_cut_between_tensors_and_no_more_than_one_is_held(checkpoint, 
 
 def test_modules_of_all_layers_share_a_pattern_unless_one_of_them_is_coded():
     gates = [f"model.layers.{i}.mlp.gate" for i in range(12)]
-    assert ignored(["model.layers.0.mlp.up"], gates) == [HEAD, r"re:(.*\.)?model\.layers\.\d+\.mlp\.gate$"]
-    assert ignored(["a.0.up"], ["a.1.up"]) == [HEAD, r"re:(.*\.)?a\.1\.up$"]
+    assert ignored(["model.layers.0.mlp.up"], gates) == [LM_HEAD, r"re:(.*\.)?model\.layers\.\d+\.mlp\.gate$"]
+    assert ignored(["a.0.up"], ["a.1.up"]) == [LM_HEAD, r"re:(.*\.)?a\.1\.up$"]
 
 
 Usage = namedtuple("Usage", "total used free")

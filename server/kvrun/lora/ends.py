@@ -50,7 +50,7 @@ def leave_out_copies(tensors: dict[str, Tensor], linear: Site, dtype: torch.dtyp
             copy, part = tensors.pop(name), slice(source.column, source.column + len(source.rows))
             shape = (source.out_features, source.in_features) if vector == "weight" else (source.out_features,)
             held = linear.weight.dense() if vector == "weight" else linear.bias
-            if copy.shape != shape or held is None or not _equal(copy[source.rows], held[part], dtype):
+            if copy.shape != shape or held is None or not _held(copy[source.rows], held[part], linear, vector, dtype):
                 raise AdapterError(f"{name} is not the base model's; train with the base as it was published")
 
 
@@ -81,4 +81,9 @@ def embedding_delta(tensors: dict[str, Tensor], site: EmbeddingSite, config: Pef
 
 
 def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(one.to(dtype), other.to(dtype))
+    return torch.equal(one.to(dtype), other.to(one.device, dtype))
+
+
+def _held(plain: Tensor, held: Tensor, linear: Site, vector: str, dtype: torch.dtype) -> bool:
+    """Whether a copy is what a rank holds of it, or what the rank would make of the published numbers."""
+    return _equal(plain, held, dtype) or (vector == "weight" and _equal(linear.weight.of_plain(plain), held, dtype))

@@ -50,6 +50,7 @@ class Weight(Protocol):
     """What a linear multiplies with: see quant.format.QuantizedLinear."""
 
     def dense(self) -> Tensor: ...
+    def of_plain(self, plain: Tensor) -> Tensor: ...
 
 
 class Site(Protocol):

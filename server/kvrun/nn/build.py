@@ -39,7 +39,7 @@ from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.held import method
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import Naming, probe
-from kvrun.weights.plan import LinearPlan, ModelPlan, TablePlan, plan_mixer, plan_model, plan_norm
+from kvrun.weights.plan import LinearPlan, ModelPlan, Role, TablePlan, plan_mixer, plan_model, plan_norm
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
@@ -150,8 +150,7 @@ class _Build:
         self.shared = Shared(plan.split, group, dtype)
         self.linears = self.shared.linears
         self._model, self._plan, self._loader, self._format = model, plan, loader, weights
-        # One tensor at both ends: the embedding looks its rows up in the head's packed copy.
-        self._shares_embedding = loader.end(plan.embed.table).module == loader.end(plan.head.weight).module
+        self._shares_embedding = self._one_end()
         self.hidden = model.decoder.embed.hidden
         self._rounded, self._cache = rounded, cache
         self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
@@ -189,27 +188,34 @@ class _Build:
         other.hidden, other.shared, other._whole = hidden, Shared(Split(), Group.single(), self.shared.dtype), True
         return other
 
+    def _one_end(self) -> bool:
+        """Whether one tensor in one form is both ends, so that the embedding looks its rows up in the head's packed copy."""
+        embed, head = self._loader.end(self._plan.embed.table), self._loader.end(self._plan.head.weight)
+        if embed.module != head.module or isinstance(self._model.decoder.head, UnitHead):
+            return False
+        held = self._loader.held(head)
+        return type(self._format.of(head.module, "embedding", held)) is type(self._format.of(head.module, "head", held))
+
     def _head_weight(self) -> CodedLinear | DenseLinear:
-        weight = self._end(self._plan.head.weight)
+        plan = self._plan.head.weight
+        weight = self._end(plan, "head")
         if isinstance(self._model.decoder.head, UnitHead):
-            return DenseLinear(functional.normalize(weight.dense().float()).to(self.shared.dtype))
+            cut, rows = self._loader.end(plan), {"weight": functional.normalize(weight.dense().float())}
+            unit = self._format.of(cut.module, "head", rows).decode(rows, cut)
+            weight = _alone(build_weight([unit], plan.shape[1], self.shared.dtype))
         return weight
 
-    def _end(self, plan: TablePlan) -> CodedLinear | DenseLinear:
-        """The matrix of an end, in codes where the checkpoint has it so."""
-        if not self._loader.coded(plan, self._format):
-            weight = self._cache.weight(lambda: DenseLinear(self._loader.table(plan, self.shared.dtype)))
-        else:
-            weight = self._weight(LinearPlan("end", (self._loader.end(plan),)), exact=True)
-        assert isinstance(weight, CodedLinear | DenseLinear), "one part has nothing to be stacked with"
-        return weight
+    def _end(self, plan: TablePlan, role: Role) -> CodedLinear | DenseLinear:
+        """The matrix of an end. One whose last rows are a tensor of their own is plain in every format."""
+        if plan.rest is None:
+            return _alone(self._weight(LinearPlan(role, (self._loader.end(plan),)), exact=True))
+        return _alone(self._cache.weight(lambda: DenseLinear(self._loader.table(plan, self.shared.dtype))))
 
     def _embedding(self, head: CodedLinear | DenseLinear) -> Embedding:
         embed, plan = self._model.decoder.embed, self._plan.embed
-        # Rows of a head whose rows were changed are not the embedding's.
-        shared = self._shares_embedding and not isinstance(self._model.decoder.head, UnitHead)
-        if shared or self._loader.coded(plan.table, self._format):
-            rows = partial(_rows, head if shared else self._end(plan.table), self.shared.dtype)
+        coded = self._loader.coded(plan.table, self._format, "embedding")
+        if self._shares_embedding or coded:
+            rows = partial(_rows, head if self._shares_embedding else self._end(plan.table, "embedding"), self.shared.dtype)
         else:
             rows = partial(functional.embedding, weight=self._loader.table(plan.table, self.shared.dtype))
         return Embedding(
@@ -298,6 +304,11 @@ class _Build:
             weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
         return build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
+
+
+def _alone(weight: QuantizedLinear) -> CodedLinear | DenseLinear:
+    assert isinstance(weight, CodedLinear | DenseLinear), "one part has nothing to be stacked with"
+    return weight
 
 
 def _rows(weight: CodedLinear | DenseLinear, dtype: torch.dtype, ids: Tensor) -> Tensor:

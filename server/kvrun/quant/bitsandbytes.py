@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from kvrun.errors import FilesError
 from kvrun.quant.codes import Codes, grouped
 from kvrun.quant.dense import PLAIN, Dense
 from kvrun.quant.format import WHOLE, Axes, Flat, LinearFormat
-from kvrun.quant.made import Made, by_table, per_output
+from kvrun.quant.made import INT8, Made, by_table, per_output
 from kvrun.quant.registry import Settings, made, stored
 from kvrun.weights.load import indices
 from kvrun.weights.plan import Cut, Role
@@ -98,7 +99,7 @@ def _(settings: Settings) -> LinearFormat:
 
 @made("bitsandbytes")
 def _() -> LinearFormat:
-    return Made(lambda weight: per_output(weight, 127))
+    return Made(partial(per_output, levels=INT8))
 
 
 @made("bitsandbytes-nf4")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
-from kvrun.quant.codes import Codes, arranged
+from kvrun.quant.codes import Codes, arranged, joined
 from kvrun.quant.dense import DenseLinear
 from kvrun.quant.format import QuantizedLinear
+from kvrun.quant.made import INT8, encoded, per_output
 
 
 class CodedLinear:
@@ -44,6 +46,13 @@ class CodedLinear:
         """The weight that the codes stand for, [out, in] float32."""
         return self._in_order(self.packed.dense())
 
+    def of_plain(self, plain: Tensor) -> Tensor:
+        """See QuantizedLinear; known of int8 with a scale for each output, as kv.run makes them."""
+        if self.packed.codes != torch.int8:
+            return plain
+        codes = encoded(plain, partial(per_output, levels=INT8))
+        return codes.values * codes.scales
+
     def _in_order(self, rows: Tensor) -> Tensor:
         if self._order is None:
             return rows
@@ -74,6 +83,10 @@ class Stacked:
         biases = [None] * len(self._parts) if bias is None else bias.split(self._sizes)
         return torch.cat([part.matmul(x, b) for part, b in zip(self._parts, biases, strict=True)], dim=1)
 
+    def of_plain(self, plain: Tensor) -> Tensor:
+        """See QuantizedLinear."""
+        return plain
+
     def dense(self) -> Tensor:
         """All of them, [out, in] float32."""
         return torch.cat([part.dense().float() for part in self._parts])
@@ -89,18 +102,9 @@ def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype,
         return DenseLinear(torch.cat([part.to(dtype) for part in plain]))
     coded = [part for part in parts if isinstance(part, Codes)]
     if len(coded) == len(parts) and all(_alike(coded[0], other) for other in coded[1:]):
-        return CodedLinear(_joined(coded), in_features, rounded)
+        return CodedLinear(joined(coded), in_features, rounded)
     sizes = [len(part.values if isinstance(part, Codes) else part) for part in parts]
     return Stacked([build([part], in_features, dtype, rounded) for part in parts], sizes)
-
-
-def _joined(parts: Sequence[Codes]) -> Codes:
-    first = parts[0]
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    # Floats of 8 bits do not concatenate.
-    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
-    scales = torch.cat([part.scales for part in parts])
-    return Codes(values, scales, torch.cat(offsets) if offsets else None, first.group, first.table, first.order)
 
 
 def _alike(a: Codes, b: Codes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,17 @@ class Codes:
     group: int | None = None  # inputs; None = the whole row
     table: Tensor | None = None  # [16] that codes of 4 bits name; None = the integers from -8
     order: Tensor | None = None  # [in] int64
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Codes of one form, rows of the next below those of the one before."""
+    first, *others = parts
+    if not others:
+        return first
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    # Floats of 8 bits do not concatenate.
+    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
+    return replace(first, values=values, scales=torch.cat([part.scales for part in parts]), offsets=torch.cat(offsets) if offsets else None)
 
 
 def grouped(codes: Codes, groups: Tensor) -> Codes:

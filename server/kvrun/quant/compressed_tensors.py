@@ -16,7 +16,8 @@ from kvrun.quant.dense import PLAIN, Dense
 from kvrun.quant.format import WHOLE, Axes, LinearFormat
 from kvrun.quant.fp8 import Float8
 from kvrun.quant.mxfp4 import POSITIVE
-from kvrun.quant.registry import Settings, stored
+from kvrun.quant.registry import Settings, choose, stored
+from kvrun.weights.held import HEAD
 from kvrun.weights.load import indices
 from kvrun.weights.plan import Cut, Role
 
@@ -30,14 +31,14 @@ class CompressedTensors:
 
     unit = 32
 
-    def __init__(self, schemes: list[tuple[list[str], Mapping[str, Any]]]) -> None:
-        """`schemes`: targets of a group and how it stores weights."""
-        self._schemes = schemes
+    def __init__(self, schemes: list[tuple[list[str], Mapping[str, Any]]], head: LinearFormat) -> None:
+        """`schemes`: targets of a group and how it stores weights; `head`: what becomes of a plain output matrix."""
+        self._schemes, self._head = schemes, head
 
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """See LinearFormat."""
         if "weight_scale" not in held:
-            return Dense()
+            return self._head if role == "head" else Dense()
         scheme = self._scheme(module)
         if "weight_global_scale" in held:
             return NvFp4(held)
@@ -180,4 +181,5 @@ def _(settings: Settings) -> LinearFormat:
             raise Unsupported(f"compressed-tensors in the layout {layout} are not read; read are {', '.join(LAYOUTS)}")
         if group.get("weights") is not None:
             schemes.append((list(group.get("targets", ())), group["weights"]))
-    return CompressedTensors(schemes)
+    head = settings.get(HEAD)
+    return CompressedTensors(schemes, choose(head, None).of("", "head", ()) if head else Dense())

@@ -53,6 +53,10 @@ class DenseLinear:
         """The weight, [out, in]."""
         return self.packed.dense()
 
+    def of_plain(self, plain: Tensor) -> Tensor:
+        """See QuantizedLinear."""
+        return plain
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the weight, [ids, in]: a tied embedding looks them up in the head's own copy."""
         return self.packed.rows(ids)

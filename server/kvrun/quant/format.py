@@ -31,6 +31,9 @@ class QuantizedLinear(Protocol):
     def dense(self) -> Tensor:
         """The weight it stands for, [out, in]: the reference of every format's matmul."""
 
+    def of_plain(self, plain: Tensor) -> Tensor:
+        """What would be held of plain numbers [rows, in] if they were loaded as this was; themselves where that is not known."""
+
 
 class LinearFormat(Protocol):
     """How a checkpoint stores the weight of a module, and what a part of it stands for."""

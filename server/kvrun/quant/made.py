@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvrun.quant.codes import Codes
+from kvrun.quant.codes import Codes, joined
 from kvrun.quant.dense import PLAIN, Dense
 from kvrun.quant.format import Axes, LinearFormat
 from kvrun.quant.registry import made
 from kvrun.weights.plan import Cut, Role
 
 GROUP = 32  # inputs that share a scale in kv.run's own 4-bit form
+INT8 = 127  # steps to the largest magnitude
+ROWS = 1024  # outputs that are made codes of at once: each has scales of its own, and float32 copies stay small
 SMALLEST = 1e-12  # a row of zeros keeps a scale that can be divided by
 
 
 class Made:
-    """Plain weights that become codes after they were cut. Both ends stay plain, and what every rank holds in full: routers are such."""
+    """Plain weights that become codes after they were cut. The embedding and what every rank holds in full (routers) stay plain."""
 
-    def __init__(self, encode: Callable[[Tensor], Codes], unit: int = GROUP) -> None:
-        """`encode` takes a weight [out, in] float32, `unit` of whose inputs may share a scale."""
-        self._encode, self.unit = encode, unit
+    def __init__(self, encode: Callable[[Tensor], Codes], unit: int = GROUP, head: LinearFormat | None = None) -> None:
+        """`encode` takes a weight [out, in] float32, `unit` of whose inputs may share a scale; `head` None: the head stays plain."""
+        self._encode, self.unit, self._head = encode, unit, head or Dense()
 
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """See LinearFormat."""
-        return Dense() if role in ("whole", "end") else self
+        if role == "head":
+            return self._head
+        return Dense() if role in ("whole", "embedding") else self
 
     def tensors(self) -> Mapping[str, Axes]:
         """See LinearFormat."""
@@ -34,7 +39,12 @@ class Made:
 
     def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
         """See LinearFormat."""
-        return self._encode(tensors["weight"].float())
+        return encoded(tensors["weight"], self._encode)
+
+
+def encoded(weight: Tensor, encode: Callable[[Tensor], Codes]) -> Codes:
+    """Codes of a weight [out, in] of any type, made of few rows at a time."""
+    return joined([encode(rows.float()) for rows in weight.split(ROWS)])
 
 
 def per_output(weight: Tensor, levels: int) -> Codes:
@@ -80,19 +90,24 @@ def _rows(blocks: Tensor, weight: Tensor) -> Tensor:
     return blocks.flatten(1)[:, : weight.shape[1]].contiguous()
 
 
+def int8_head() -> LinearFormat:
+    """The output matrix of kv.run's own formats. Without it, a step of int4 would read as much of a plain head as of several layers."""
+    return Made(partial(per_output, levels=INT8))
+
+
 @made("int8")
 def _() -> LinearFormat:
-    return Made(lambda weight: per_output(weight, 127))
+    return Made(partial(per_output, levels=INT8), head=int8_head())
 
 
 @made("int4")
 def _() -> LinearFormat:
-    return Made(int4)
+    return Made(int4, head=int8_head())
 
 
 @made("eetq")
 def _() -> LinearFormat:
-    return Made(lambda weight: per_output(weight, 128))
+    return Made(partial(per_output, levels=128))
 
 
 @made("fp8")

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kvrun.quant.bits import INTEGER, pack_rows
 from kvrun.quant.codes import Codes
-from kvrun.quant.made import GROUP, float8, int4, per_output
+from kvrun.quant.made import GROUP, INT8, encoded, float8, int4, per_output
+from kvrun.weights import held
 
 Tensors = dict[str, Tensor]
-HEAD = "lm_head"  # what transformers and vLLM call any model's output matrix
-ROWS = 1024  # outputs that are made codes of at once: each has scales of its own, and float32 copies stay small
+LM_HEAD = "lm_head"  # what transformers and vLLM call any model's output matrix
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Layout:
     bits: int
     group: int | None  # inputs that share a scale; None = the whole row
     encode: Callable[[Tensor], Codes]  # of a weight [out, in] float32
+    method: str  # the value of --quantize that makes the same
 
     @property
     def per(self) -> int:
@@ -37,8 +38,7 @@ class Layout:
 
     def tensors(self, weight: Tensor) -> Tensors:
         """What is stored for a weight [out, in], by suffix."""
-        parts = [self._stored(self.encode(rows.float())) for rows in weight.split(ROWS)]
-        stored = {suffix: _below([part[suffix] for part in parts]) for suffix in parts[0]}
+        stored = self._stored(encoded(weight, self.encode))
         return stored if self.kind == "float" else stored | {"weight_shape": torch.tensor(weight.shape)}
 
     def _stored(self, codes: Codes) -> Tensors:
@@ -59,6 +59,7 @@ class Layout:
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": ignored(coded, plain),
+            **({held.HEAD: self.method} if self.method in held.HEADED else {}),
         }
 
 
@@ -66,26 +67,18 @@ def layout(method: str, group: int | None) -> Layout:
     """The layout of a method that needs no data: int8, int4 or fp8; `group` None is the method's own."""
     if method == "int4":
         group = group or GROUP
-        return Layout("pack-quantized", "int", 4, group, partial(int4, group=group))
+        return Layout("pack-quantized", "int", 4, group, partial(int4, group=group), method)
     if method == "int8":
-        return Layout("pack-quantized", "int", 8, None, partial(per_output, levels=127))
-    return Layout("float-quantized", "float", 8, None, float8)
+        return Layout("pack-quantized", "int", 8, None, partial(per_output, levels=INT8), method)
+    return Layout("float-quantized", "float", 8, None, float8, method)
 
 
 def ignored(coded: Iterable[str], plain: Iterable[str]) -> list[str]:
     """Patterns of the modules that stay plain, those of all layers in one. A model's classes may put names before a checkpoint's."""
     taken = {_of_any_layer(name) for name in coded}
     patterns = {f"re:(.*\\.)?{re.escape(name) if _of_any_layer(name) in taken else _of_any_layer(name)}$" for name in plain}
-    return [HEAD, *sorted(patterns)]
+    return [LM_HEAD, *sorted(patterns)]
 
 
 def _of_any_layer(name: str) -> str:
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-
-
-def _below(parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].dtype == torch.float8_e4m3fn:  # floats of 8 bits do not concatenate
-        return torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
-    return torch.cat(parts)

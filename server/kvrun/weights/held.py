@@ -9,6 +9,8 @@ from kvrun.weights.plan import ModelPlan
 
 # Bits that a number takes with its share of scales.
 MADE = {"int8": 8.1, "eetq": 8.1, "bitsandbytes": 8.1, "fp8": 8.1, "int4": 4.5, "bitsandbytes-nf4": 4.5, "bitsandbytes-fp4": 4.5}
+HEADED = ("int8", "int4")  # methods that make the output matrix int8
+HEAD = "kvrun_head"  # where a checkpoint's quantization_config says that its plain output matrix is to be served in this method's codes
 SCALE_AND_ZERO = 24  # bits at most, of each group
 
 
@@ -25,15 +27,22 @@ def weight_bytes(plan: ModelPlan, item: int, quantize: str | None, stored: Mappi
     if bits is None:
         return plan.elements * item
     coded = sum(linear.out_features * linear.in_features for linear in plan.linears if linear.role != "whole")
-    return (plan.elements - coded) * item + int(coded * bits / 8)
+    plain, head = plan.elements - coded, 0
+    if (quantize in HEADED or (stored or {}).get(HEAD)) and plan.head.weight.rest is None:
+        head = plan.head.weight.elements
+        plain -= 0 if _tied(plan) else head
+    return plain * item + int((coded * bits + head * MADE["int8"]) / 8)
 
 
 def _mixed(plan: ModelPlan, item: int, share: float, bits: float) -> int:
     """A checkpoint that says which share of its matrices is coded, both ends among them, and with how many bits on average."""
-    tied = plan.head.weight.instead == plan.embed.table.tensor
-    ends = plan.head.weight.elements + (0 if tied else plan.embed.table.elements)
+    ends = plan.head.weight.elements + (0 if _tied(plan) else plan.embed.table.elements)
     coded = share * (ends + sum(linear.out_features * linear.in_features for linear in plan.all_linears()))
     return int((plan.elements - coded) * item + coded * bits / 8)
+
+
+def _tied(plan: ModelPlan) -> bool:
+    return plan.head.weight.instead == plan.embed.table.tensor
 
 
 def _stored_bits(stored: Mapping[str, Any]) -> float:

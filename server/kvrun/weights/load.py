@@ -124,10 +124,10 @@ class Loader:
 
     def _wanted(self, plan: ModelPlan, weights: Stored) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Every tensor some rank reads, with its shape where the plan alone fixes it."""
-        ends = (plan.embed.table, plan.head.weight)
+        ends: dict[TablePlan, Role] = {plan.embed.table: "embedding", plan.head.weight: "head"}
         for table in plan.all_tables():
-            if table in ends and self.coded(table, weights):
-                yield from self._module(self.end(table), weights, "end", transposed=False)
+            if table in ends and self.coded(table, weights, ends[table]):
+                yield from self._module(self.end(table), weights, ends[table], transposed=False)
                 continue
             rest = 0 if table.rest is None else table.rest[1]
             yield self.stored(table), (table.shape[0] - rest, *table.shape[1:])
@@ -155,10 +155,10 @@ class Loader:
         cuts = [Cut(name, plan.rows, ((0, width),), vocabulary, width) for name in names]
         return next((cut for cut in cuts if self.held(cut) - {"bias"}), cuts[0])
 
-    def coded(self, plan: TablePlan, weights: Stored) -> bool:
+    def coded(self, plan: TablePlan, weights: Stored, role: Role) -> bool:
         """Whether the checkpoint has a table over the vocabulary as something else than plain numbers."""
         cut = self.end(plan)
-        return set(weights.of(cut.module, "end", self.held(cut)).tensors()) != {"weight"}
+        return set(weights.of(cut.module, role, self.held(cut)).tensors()) != {"weight"}
 
 
 def whole(checkpoint: Checkpoint, name: str) -> Tensor:

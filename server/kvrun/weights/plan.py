@@ -15,8 +15,8 @@ from kvrun.spec import Embed, Fused, Gate, Head, Layer, Mixer, Model, Norm, Pack
 from kvrun.state.shapes import PageLayers, PageShape, PageUse, SlotShape
 from kvrun.weights.split import Runs, Span, Split, merge, size
 
-# An end is as wide as the vocabulary and split by its rows: the embedding and the head.
-Role = Literal["column", "row", "whole", "end"]
+# Both ends are as wide as the vocabulary and split by its rows.
+Role = Literal["column", "row", "whole", "embedding", "head"]
 
 
 @dataclass(frozen=True)
