@@ -306,6 +306,11 @@ impl Scheduler {
         self.sequences.is_empty() && self.epoch.as_ref().is_none_or(quiet)
     }
 
+    /// Whether time alone changes nothing: it is idle, and no adapter has to come or go.
+    pub fn rests(&self) -> bool {
+        self.is_idle() && !self.adapters.restless()
+    }
+
     /// The earliest moment at which a request fails by time alone; `plan` must be called by then.
     pub fn next_deadline(&self) -> Option<Time> {
         self.deadlines.first().map(|(at, _)| *at)

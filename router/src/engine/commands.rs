@@ -1,5 +1,7 @@
 //! What handles ask for: requests, cancels, adapters, the end.
 
+use std::time::Instant;
+
 use kvrun_scheduler::{AdapterId, Failure as Ended, Refusal as Refused, Span};
 use tokio::sync::mpsc;
 
@@ -82,6 +84,10 @@ impl Driver {
                 }
                 Refused::NotReady => Refusal::NotReady,
             })?;
+        if self.open.is_empty() {
+            // Silence before new work is no stall.
+            self.progressed = Instant::now();
+        }
         let (sender, events) = mpsc::unbounded_channel();
         let prompt = request.sampling.prompt_logprobs.then(Vec::new);
         let sampling = request.sampling;

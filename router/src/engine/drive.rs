@@ -23,7 +23,7 @@ use super::{Command, Control, EngineOptions, Shown, wire};
 use crate::capabilities;
 use crate::request::{AdapterInfo, LoadError};
 
-/// How often time alone is looked at: deadlines, silence, rotation of adapters.
+/// How often time alone is looked at, as long as it can change anything: deadlines, silence, rotation of adapters.
 const TICK: Duration = Duration::from_millis(250);
 /// Commands taken between two steps at most, so that a flood of them cannot stop the streams.
 const COMMANDS: usize = 256;
@@ -135,13 +135,14 @@ impl Driver {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let rests = self.scheduler.rests();
             let (link, calls) = (&mut self.link, &mut self.calls);
             let woken = tokio::select! {
                 biased;
                 woken = hear(link) => woken,
                 called = calls.next(), if !calls.is_empty() => called.map_or(Woken::Tick, Woken::Called),
                 command = self.commands.recv() => Woken::Command(command),
-                _ = ticks.tick() => Woken::Tick,
+                _ = ticks.tick(), if !rests => Woken::Tick,
             };
             match woken {
                 Woken::Outcome(Ok(outcome)) => self.outcome(outcome).await,

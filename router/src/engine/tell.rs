@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
 
 use kvrun_proto::{Outcome, Sampling};
 use kvrun_scheduler::{Failure as Ended, Finish as Complete, Step, What};
@@ -122,8 +121,6 @@ impl Driver {
             self.announce.send_replace(true);
         }
         if self.open.is_empty() {
-            // Silence before new work is no stall.
-            self.progressed = Instant::now();
             self.drains.drain(..).for_each(|done| {
                 let _ = done.send(());
             });

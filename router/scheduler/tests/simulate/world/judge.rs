@@ -162,6 +162,15 @@ impl World {
             }
         }
         self.scheduler.audit()?;
+        if self.scheduler.rests() {
+            let later = self.now + Time::from_secs(3600);
+            let orders = self.scheduler.plan_adapters(later);
+            let step = self.scheduler.plan(later);
+            hold!(
+                orders.is_empty() && step.is_none(),
+                "time alone brought {orders:?} and {step:?} to a scheduler that rests"
+            );
+        }
         let open = self.clients.values().filter(|client| !client.ended).count();
         for (id, client) in &self.clients {
             let journal = self.scheduler.journal(*id).map(|journal| journal.answer());
