@@ -15,6 +15,7 @@ struct Widened {
   using Factor = Floats;
   using Sum = Floats;
   static constexpr bool rounds = false;  // x, to 8 bits
+  static constexpr bool halves = false;  // the table, to bfloat16
   struct Spread {
     Floats x;
     explicit Spread(const float* from) : x(*from) {}
@@ -98,7 +99,7 @@ struct Dot {
   using X = uint32_t;
   using Factor = __m512bh;
   using Sum = Floats;
-  static constexpr bool rounds = false;
+  static constexpr bool rounds = false, halves = false;
   struct Spread {
     __m512bh x;
     explicit Spread(const uint32_t* from) : x((__m512bh)_mm512_set1_epi32(int(*from))) {}
@@ -111,6 +112,7 @@ struct Dot {
 // As Nibbles; the table holds 32 bfloat16, the second half as the first: the look-up reads five bits.
 struct NibblesDot : Dot {
   static constexpr int inputs = 8, factors = 4, bytes = 4;
+  static constexpr bool halves = true;
   __m512i words;
   NibblesDot() = default;
   NibblesDot(const uint8_t* from, const float*) : words(_mm512_loadu_si512(from)) {}
@@ -178,7 +180,7 @@ struct Quads {
   using X = uint32_t;
   using Factor = Floats::Words;
   using Sum = Floats::Ints;
-  static constexpr bool rounds = true;
+  static constexpr bool rounds = true, halves = false;
   struct Spread {
     Floats::Ints x;
     explicit Spread(const uint32_t* from) : x(Floats::Ints{} + int32_t(*from)) {}

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "rows.h"
+#include "runs.h"
 
 namespace kvrun {
 namespace {
@@ -92,10 +92,11 @@ struct Ahead {
 };
 
 // Adds `steps` steps to the sums [P][R][kPanel] of R rows and P adjacent panels.
-template <class S, int R, int P>
+// Values of a step lie beside each other, or where kRow is not 1, a row's do and rows so far apart.
+template <class S, int R, int P, int kRow = 1>
 void tile(const typename S::Weight* panel, int64_t panel_size, const typename S::X* x, int64_t steps, float* sums, bool resume,
           Ahead<typename S::Weight> ahead) {
-  constexpr int V = vectors_at_once(R), lanes = Floats::width;
+  constexpr int V = vectors_at_once(R), lanes = Floats::width, after = kRow == 1 ? R : 1;
   for (int part = 0; part < kVectors; part += V) {
     Floats s[P][R][V];
     for (int p = 0; p < P; p++)
@@ -104,7 +105,7 @@ void tile(const typename S::Weight* panel, int64_t panel_size, const typename S:
           s[p][r][v] = resume ? Floats::load(sums + (p * R + r) * kPanel + (part + v) * lanes) : Floats::zero();
     const typename S::Weight *w = panel + part * lanes * S::inputs, *next = ahead.from + part * lanes * S::inputs;
     const typename S::X* at = x;
-    for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, next += ahead.step, at += R * S::values) {
+    for (int64_t step = 0; step < steps; step++, w += kPanel * S::inputs, next += ahead.step, at += after * S::values) {
       S weights[P][V];
 #pragma GCC unroll 2
       for (int p = 0; p < P; p++)
@@ -115,7 +116,7 @@ void tile(const typename S::Weight* panel, int64_t panel_size, const typename S:
         }
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        const typename S::Spread value(at + r, R);
+        const typename S::Spread value(at + r * kRow, after);
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
@@ -162,38 +163,20 @@ struct Product {
   const void *x, *panels, *bias;
   int64_t outputs, inputs, stride, out_dtype, bias_dtype;
 
-  int64_t panel_count() const { return (outputs + kPanel - 1) / kPanel; }
+  // The same from another row on, of x and of the results, both of type T.
+  template <class T>
+  Product from(int64_t row) const {
+    Product other = *this;
+    other.x = (const T*)x + row * stride;
+    other.out = (T*)out + row * outputs;
+    return other;
+  }
 };
 
 // How many steps of S the inputs make.
 template <class S>
 int64_t steps_of(int64_t inputs) {
   return (inputs + S::inputs - 1) / S::inputs;
-}
-
-// Lays out the rows of x in pieces that threads can share; piece(i) for i below `count`.
-template <class S, class T>
-struct Layout {
-  static constexpr int64_t kInputs = 2048;
-  const Product& product;
-  const Rows& rows;
-  typename S::X* to;
-  int64_t padded = steps_of<S>(product.inputs) * S::inputs, across = (padded + kInputs - 1) / kInputs, count = rows.tiles * across;
-
-  void piece(int64_t i) const {
-    const int64_t t = i / across, first = i % across * kInputs, last = first + kInputs < padded ? first + kInputs : padded;
-    const T* from = (const T*)product.x + rows.begin(t) * product.stride;
-    lay_out<kRows>(to + rows.begin(t) * steps_of<S>(product.inputs) * S::values, from, product.stride, rows.height(t), first, last,
-                   product.inputs);
-  }
-};
-
-// Adjacent panels that one task takes against a run of rows, so that there are tasks for all threads; `runs` is how many
-// such runs of rows there are together.
-inline int64_t panels_of_a_task(const Rows& rows, int64_t panels, int64_t runs) {
-  int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
-  while (group > 1 && panels * runs < group * 8 * thread_count()) group /= 2;
-  return group;
 }
 
 // Rounds the sums of a tile and a panel to their place in the output.
@@ -206,39 +189,62 @@ inline void store(const Product& product, const Rows& rows, int64_t tile, int64_
   });
 }
 
-// A task: adjacent panels against adjacent tiles. A panel streams past once: piece after piece meets every tile, and while it
+// A task: the panels `across` against the tiles `down`. A panel streams past once: piece after piece meets every tile, and while it
 // does, their passes share in fetching the next.
 template <class S>
-void multiply(const Product& product, const Rows& rows, const typename S::X* x, int64_t first_panel, int64_t last_panel,
-              int64_t first_tile, int64_t last_tile) {
+void multiply(const Product& product, const Rows& rows, const typename S::X* x, Span across, Span down) {
   using W = typename S::Weight;
   constexpr int64_t step_size = kPanel * S::inputs, piece = kPiece / (step_size * sizeof(W));
-  const int64_t steps = steps_of<S>(product.inputs), panel_size = steps * step_size, tiles = last_tile - first_tile;
+  const int64_t steps = steps_of<S>(product.inputs), panel_size = steps * step_size, tiles = down.last - down.first;
   const bool streaming = kWide && tiles == 1;
   // Far enough ahead for memory to answer, and across the pages where the hardware stops.
   const int64_t block = streaming ? steps : piece, reach = streaming ? 4096 / sizeof(W) : block * step_size;
-  const int pair = tiles == 1 ? panels_at_once(rows.height(first_tile)) : 1;
+  const int pair = tiles == 1 ? panels_at_once(rows.height(down.first)) : 1;
   float* sums = (float*)scratch(kTask, tiles * kRows * pair * kPanel * sizeof(float));
-  for (int64_t p = first_panel; p < last_panel;) {
-    const int taken = last_panel - p >= pair ? pair : 1;
+  for (int64_t p = across.first; p < across.last;) {
+    const int taken = across.last - p >= pair ? pair : 1;
     const W* panel = (const W*)product.panels + p * panel_size;
     for (int64_t step = 0; step < steps; step += block) {
       const int64_t count = steps - step < block ? steps - step : block;
       for (int64_t t = 0; t < tiles; t++) {
-        const int height = rows.height(first_tile + t);
+        const int height = rows.height(down.first + t);
         const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
         const W* from = panel + step * step_size;
         const Ahead<W> ahead{from + reach + count * step_size * t / tiles, step_size / tiles};
-        const typename S::X* tile_x = x + (rows.begin(first_tile + t) * steps + step * height) * S::values;
+        const typename S::X* tile_x = x + (rows.begin(down.first + t) * steps + step * height) * S::values;
         run(from, panel_size, tile_x, count, sums + t * kRows * kPanel, step > 0, ahead);
       }
     }
     for (int64_t t = 0; t < tiles; t++)
       for (int n = 0; n < taken; n++)
-        store(product, rows, first_tile + t, p + n, sums + (t * kRows + n * rows.height(first_tile + t)) * kPanel);
+        store(product, rows, down.first + t, p + n, sums + (t * kRows + n * rows.height(down.first + t)) * kPanel);
     p += taken;
   }
 }
+
+// A product as runs.h shares it: how a step multiplies, and the type of x.
+template <class S, class T>
+struct Packed : Product {
+  static constexpr int64_t kInputs = 2048;  // of a piece
+
+  static int panels_at_once(int height) { return kvrun::panels_at_once(height); }
+  int64_t panel_count() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t padded() const { return steps_of<S>(inputs) * S::inputs; }
+  int64_t values() const { return steps_of<S>(inputs) * S::values; }
+  int64_t bytes(const Rows& rows) const { return rows.count * values() * sizeof(typename S::X); }
+  int64_t pieces(const Rows& rows) const { return rows.tiles * ((padded() + kInputs - 1) / kInputs); }
+
+  void prepare(const Rows& rows, void* to, int64_t piece) const {
+    const int64_t across = (padded() + kInputs - 1) / kInputs, t = piece / across, first = piece % across * kInputs;
+    const int64_t last = first + kInputs < padded() ? first + kInputs : padded();
+    const T* from = (const T*)x + rows.begin(t) * stride;
+    lay_out<kRows>((typename S::X*)to + rows.begin(t) * values(), from, stride, rows.height(t), first, last, inputs);
+  }
+
+  void multiply(const Rows& rows, void* laid, Span across, Span down) const {
+    kvrun::multiply<S>(*this, rows, (const typename S::X*)laid, across, down);
+  }
+};
 
 }  // namespace
 }  // namespace kvrun

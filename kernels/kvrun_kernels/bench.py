@@ -18,8 +18,8 @@ import torch
 import kvrun_kernels
 
 OPS = (
-    "linear", "quantized_linear", "grouped_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope", "store_kv", "act_mul",
-    "add", "causal_conv", "selective_scan", "ssd_scan",
+    "linear", "quantized_linear", "grouped_linear", "grouped_quantized_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope",
+    "store_kv", "act_mul", "add", "causal_conv", "selective_scan", "ssd_scan",
 )  # fmt: skip
 
 # (outputs, inputs) of every linear that a step of a model of 1.1 billion parameters multiplies with: more than any cache holds.

@@ -3,7 +3,9 @@
 from kvrun_kernels.act_mul.op import act_mul, activation
 from kvrun_kernels.add.op import add_
 from kvrun_kernels.causal_conv.op import causal_conv
+from kvrun_kernels.grouped import Grouped
 from kvrun_kernels.grouped_linear.op import grouped_linear
+from kvrun_kernels.grouped_quantized_linear.op import grouped_quantized_linear
 from kvrun_kernels.layer_norm.op import layer_norm
 from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear
 from kvrun_kernels.paged_attention.op import paged_attention
@@ -17,6 +19,7 @@ from kvrun_kernels.ssd_scan.op import ssd_scan
 from kvrun_kernels.store_kv.op import store_kv
 
 __all__ = [
+    "Grouped",
     "LoraSegments",
     "LoraTable",
     "PackedLinear",
@@ -27,6 +30,7 @@ __all__ = [
     "add_",
     "causal_conv",
     "grouped_linear",
+    "grouped_quantized_linear",
     "layer_norm",
     "linear",
     "lora",

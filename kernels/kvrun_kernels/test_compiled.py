@@ -50,7 +50,7 @@ def calls(ops, dtype: torch.dtype) -> Iterator[tuple[str, object]]:
     a = rows(64, 4096)
     segments = ops.LoraSegments([ops.Segment(0, 4, a, a, 0)])
     yield "sgmv", lambda: ops.lora(rows(4, 4096), rows(4, 4096), segments)
-    experts = [ops.pack_linear(rows(1024, 2048)) for _ in range(4)]
+    experts = ops.Grouped([ops.pack_linear(rows(1024, 2048)) for _ in range(4)])
     for n in (8, 512):
         yield "grouped_linear", lambda n=n: ops.grouped_linear(rows(n, 2048), experts, whole(0, 2, 4, 6, n))
     for dim, planes, format in ((128, 2, dtype), (128, 2, torch.int8), (128, 2, torch.float8_e4m3fn), (576, 1, dtype)):
@@ -75,6 +75,13 @@ def calls(ops, dtype: torch.dtype) -> Iterator[tuple[str, object]]:
         (ops.pack_quantized(codes, scales, group=128, table=torch.linspace(-1, 1, 16) ** 3), (512,)),
         (ops.pack_quantized(codes, scales.repeat(1, 16), group=8), (1,)),
     )
+    experts = [ops.Grouped([packed] * 4) for packed, _ in weights]
+    for grouped in experts:
+        for n in (8, 512):
+            yield (
+                "grouped_quantized_linear",
+                lambda grouped=grouped, n=n: ops.grouped_quantized_linear(rows(n, 4096), grouped, whole(0, 2, 4, 6, n)),
+            )
     for packed, counts in weights:
         for n in counts:
             yield "quantized_linear", lambda packed=packed, n=n: ops.quantized_linear(rows(n, 4096), packed)

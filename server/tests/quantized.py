@@ -54,8 +54,8 @@ def write_oracle(plain: Path, folder: Path, weights: Tensors) -> None:
 
 
 def linears(tensors: Tensors) -> list[str]:
-    """Modules of the layers' linears."""
-    return [name.removesuffix(".weight") for name in tensors if "_proj." in name]
+    """Modules of the layers' linears, experts among them."""
+    return [name.removesuffix(".weight") for name in tensors if "_proj." in name or ".experts." in name]
 
 
 def by_definition(config: dict, encode: Callable[[torch.Tensor], Encoded]) -> Callable[[Path, Path], Tensors]:

@@ -12,7 +12,7 @@ from kvrun_kernels.grouped_linear.op import reference
 
 def cases() -> Iterator[Case]:
     outputs, inputs, experts = 1536, 2048, 32
-    packed = [ops.pack_linear(torch.randn(outputs, inputs).to(torch.bfloat16)) for _ in range(experts)]
+    grouped = ops.Grouped([ops.pack_linear(torch.randn(outputs, inputs).to(torch.bfloat16)) for _ in range(experts)])
     for active, rows in ((2, 1), (4, 1), (8, 1), (8, 4), (32, 8), (32, 64)):
         calls = []
         for shift in range(0, experts, active):
@@ -23,9 +23,9 @@ def cases() -> Iterator[Case]:
         ours, theirs = cycle(calls), cycle(calls)
         yield Case(
             f"bfloat16 {active} of {experts} experts {outputs}x{inputs}, {rows} rows each",
-            lambda x=x, ours=ours: ops.grouped_linear(x, packed, next(ours)),
-            bytes=active * packed[0].nbytes,
+            lambda x=x, ours=ours: ops.grouped_linear(x, grouped, next(ours)),
+            bytes=active * grouped.first.nbytes,
             flops=2 * active * rows * outputs * inputs,
-            beside=lambda x=x, theirs=theirs: reference(x, packed, next(theirs)),
+            beside=lambda x=x, theirs=theirs: reference(x, grouped, next(theirs)),
             dtype=torch.bfloat16,
         )

@@ -39,6 +39,16 @@ class PackedLinear:
         """Bytes held, padding included."""
         return self.held.nbytes
 
+    @property
+    def form(self) -> tuple[object, ...] | None:
+        """See grouped.Packed."""
+        return (self.packed, self.dtype) if self.held.is_contiguous() else None
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """See grouped.Packed."""
+        return (self.held,)
+
     def rows(self, ids: Tensor) -> Tensor:
         """Output rows `ids` of the weight, plain: what an embedding that shares this weight looks up. -> [ids, in]"""
         if not self.packed:

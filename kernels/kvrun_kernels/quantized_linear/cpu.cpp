@@ -1,4 +1,4 @@
-// y = x W^T + b over packed codes with scales per group of inputs.
+// y = x W^T + b over packed codes with scales per group of inputs; for one weight, or for groups of rows with a weight each.
 //
 // Within a group a sum is one chain of fused multiply-adds over codes, in order; the group's scale then takes it into the
 // output's sum, group after group. Codes are decoded in registers, next to the sums: that costs less than to write them
@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "codes.h"
-#include "rows.h"
+#include "runs.h"
 
 namespace kvrun {
 namespace {
@@ -30,16 +30,21 @@ enum Form { kNibbles, kInt8, kFloat8 };
 enum Arithmetic { kFloat32, kBfloat16, kRounded };
 enum Offsets { kNone = -1, kShift = 3 };  // besides the codes of dtypes
 
-struct Call {
-  void* out;
-  const void* x;
+// A weight and its bias, as grouped.py lays them out.
+struct Weight {
   const uint8_t* panels;
   const void *scales, *offsets;  // [panels][groups][kPanel]
   const float* table;
   const void* bias;
-  int32_t zero;  // the code that stands for nothing, where codes are read without a sign
-  int64_t rows, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
+};
 
+struct Call : Weight {
+  void* out;
+  const void* x;
+  int64_t outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
+
+  // The code that stands for nothing, where codes are read without a sign.
+  int32_t zero() const { return form == kInt8 ? 128 : -int32_t(table[0]); }
   int64_t padded() const { return (inputs + kPad - 1) / kPad * kPad; }
   int64_t groups() const { return (inputs + group - 1) / group; }
   int64_t group_end(int64_t g) const { return (g + 1) * group < padded() ? (g + 1) * group : padded(); }
@@ -183,35 +188,24 @@ struct Tiles {
 template <class S>
 constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
 
-// A slab of rows in its layout, tile by tile.
-template <class X>
-struct Slab {
-  Rows rows;
-  int64_t row0;
-  const X* x;
-  Totals totals;
-};
-
-// A task: adjacent panels against adjacent tiles.
+// A task: the panels `across` against the tiles `down`.
 template <class S>
-void multiply(const Call& call, const Slab<typename S::X>& slab, int64_t first_panel, int64_t last_panel, int64_t first_tile,
-              int64_t last_tile) {
-  const Rows& rows = slab.rows;
-  const int64_t across = last_panel - first_panel, tiles = last_tile - first_tile, groups = call.groups();
+void multiply(const Call& call, const Rows& rows, const typename S::X* laid, const Totals& all, Span across, Span down) {
+  const int64_t width = across.last - across.first, tiles = down.last - down.first, groups = call.groups();
   const int64_t factors = call.padded() / S::inputs * S::factors;
   const int64_t step = kWide && tiles == 1 ? groups : kBlock / call.group;
-  const size_t sum_bytes = tiles * kRows * across * kPanel * sizeof(float);
+  const size_t sum_bytes = tiles * kRows * width * kPanel * sizeof(float);
   float* sums = (float*)scratch(kTask, sum_bytes);
   memset(sums, 0, sum_bytes);
   for (int64_t g = 0; g < groups; g += step) {
     const int64_t last = g + step < groups ? g + step : groups, load = g * call.group / S::inputs;
-    for (int64_t t = first_tile; t < last_tile; t++) {
+    for (int64_t t = down.first; t < down.last; t++) {
       const int height = rows.height(t), pair = panels_at_once(height);
-      const typename S::X* x = slab.x + rows.begin(t) * factors + load * S::factors * height;
-      const Totals totals = slab.totals.from(rows.begin(t) * groups);
-      float* to = sums + (t - first_tile) * kRows * across * kPanel;
-      for (int64_t p = first_panel; p < last_panel;) {
-        const int taken = last_panel - p >= pair ? pair : 1;
+      const typename S::X* x = laid + rows.begin(t) * factors + load * S::factors * height;
+      const Totals totals = all.from(rows.begin(t) * groups);
+      float* to = sums + (t - down.first) * kRows * width * kPanel;
+      for (int64_t p = across.first; p < across.last;) {
+        const int taken = across.last - p >= pair ? pair : 1;
         const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
         const uint8_t* codes = call.panels + p * call.panel_bytes() + load * kPanel * S::bytes;
         run(call, codes, call.panel_bytes(), x, totals, p, g, last, to);
@@ -222,12 +216,12 @@ void multiply(const Call& call, const Slab<typename S::X>& slab, int64_t first_p
   }
   with_dtype(call.out_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    for (int64_t t = first_tile; t < last_tile; t++) {
-      const float* from = sums + (t - first_tile) * kRows * across * kPanel;
-      for (int64_t p = first_panel; p < last_panel; p++) {
+    for (int64_t t = down.first; t < down.last; t++) {
+      const float* from = sums + (t - down.first) * kRows * width * kPanel;
+      for (int64_t p = across.first; p < across.last; p++) {
         const int64_t n = p * kPanel, count = call.outputs - n < kPanel ? call.outputs - n : kPanel;
         for (int64_t r = 0; r < rows.height(t); r++, from += kPanel)
-          finish((T*)call.out + (slab.row0 + rows.begin(t) + r) * call.outputs, from, call.bias, call.bias_dtype, n, count);
+          finish((T*)call.out + (rows.begin(t) + r) * call.outputs, from, call.bias, call.bias_dtype, n, count);
       }
     }
   });
@@ -274,68 +268,109 @@ void round_row(const Call& call, const T* row, int height, uint32_t* to, const T
     }
     totals.steps[g * height] = top / 127.0f;
     totals.inputs[g * height] = float(all) * totals.steps[g * height];
-    totals.starts[g * height] = -call.zero * all;
+    totals.starts[g * height] = -call.zero() * all;
   }
 }
 
+// A product as runs.h shares it: how a load multiplies, and the type of x.
 template <class S, class T>
-void run_slab(const Call& call, int64_t row0, int64_t count) {
+struct Coded : Call {
   using X = typename S::X;
-  const Rows rows(count, kRows);
-  const int64_t padded = call.padded(), factors = padded / S::inputs * S::factors, groups = call.groups();
-  const bool offsets = call.offset_dtype != kNone;
-  X* x = (X*)scratch(kCall, count * factors * sizeof(X) + count * groups * (2 * sizeof(float) + sizeof(int32_t)));
-  float* tables = (float*)(x + count * factors);
-  const Totals totals{tables, tables + count * groups, (int32_t*)(tables + 2 * count * groups)};
-  constexpr int64_t piece = 2048;
-  const int64_t pieces = (padded + piece - 1) / piece;
-  const auto prepare = [&](int64_t i) {
-    const int64_t t = i / pieces, first = i % pieces * piece, last = first + piece < padded ? first + piece : padded;
-    const T* from = (const T*)call.x + (row0 + rows.begin(t)) * call.stride;
-    const int height = rows.height(t);
-    const Totals mine = totals.from(rows.begin(t) * groups);
-    if constexpr (S::rounds) {
-      for (int r = 0; r < height && first == 0; r++)
-        round_row<S>(call, from + r * call.stride, height, x + rows.begin(t) * factors + r, mine.from(r));
-    } else {
-      lay_out<kRows>(x + rows.begin(t) * factors, from, call.stride, height, first, last, call.inputs);
-      for (int r = 0; r < height && offsets && first == 0; r++)
-        total(call, from + r * call.stride, height, mine.inputs + r);
-    }
-  };
-  // Waking the others costs more than a few short rows.
-  if (count * padded < 32768)
-    for (int64_t i = 0; i < rows.tiles * pieces; i++) prepare(i);
-  else
-    parallel_for(rows.tiles * pieces, prepare);
+  static constexpr int64_t kInputs = 2048;  // of a piece
 
-  const Slab<X> slab{rows, row0, x, totals};
-  const int64_t panels = (call.outputs + kPanel - 1) / kPanel, enough = 8 * thread_count();
-  int64_t group = rows.tiles == 1 ? panels_at_once(rows.height(0)) : 8;
-  while (group > 1 && panels < group * enough) group /= 2;
-  const int64_t tasks = (panels + group - 1) / group;
-  int64_t cuts = tasks < enough ? enough / tasks : 1;
-  if (cuts > rows.tiles) cuts = rows.tiles;
-  parallel_for(tasks * cuts, [&](int64_t i) {
-    const int64_t first = i / cuts * group, last = first + group < panels ? first + group : panels, cut = i % cuts;
-    multiply<S>(call, slab, first, last, rows.tiles * cut / cuts, rows.tiles * (cut + 1) / cuts);
+  static int panels_at_once(int height) { return kvrun::panels_at_once(height); }
+  int64_t panel_count() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t factors() const { return padded() / S::inputs * S::factors; }
+  int64_t across() const { return (padded() + kInputs - 1) / kInputs; }
+  int64_t bytes(const Rows& rows) const {
+    return rows.count * (factors() * sizeof(X) + groups() * (2 * sizeof(float) + sizeof(int32_t)));
+  }
+  int64_t pieces(const Rows& rows) const { return rows.tiles * across(); }
+
+  Totals totals(const Rows& rows, void* laid) const {
+    const int64_t count = rows.count * groups();
+    float* tables = (float*)((X*)laid + rows.count * factors());
+    return {tables, tables + count, (int32_t*)(tables + 2 * count)};
+  }
+
+  void prepare(const Rows& rows, void* laid, int64_t piece) const {
+    const int64_t t = piece / across(), first = piece % across() * kInputs;
+    const int64_t last = first + kInputs < padded() ? first + kInputs : padded();
+    const T* from = (const T*)x + rows.begin(t) * stride;
+    const int height = rows.height(t);
+    const Totals mine = totals(rows, laid).from(rows.begin(t) * groups());
+    X* to = (X*)laid + rows.begin(t) * factors();
+    if constexpr (S::rounds) {
+      for (int r = 0; r < height && first == 0; r++) round_row<S>(*this, from + r * stride, height, to + r, mine.from(r));
+    } else {
+      lay_out<kRows>(to, from, stride, height, first, last, inputs);
+      for (int r = 0; r < height && offset_dtype != kNone && first == 0; r++)
+        total(*this, from + r * stride, height, mine.inputs + r);
+    }
+  }
+
+  void multiply(const Rows& rows, void* laid, Span across, Span down) const {
+    const auto run = [&](const Call& call) {
+      kvrun::multiply<S>(call, rows, (const X*)laid, totals(rows, laid), across, down);
+    };
+    if constexpr (S::halves) {
+      // The upper halves of float32, twice: the look-up reads five bits.
+      uint16_t table_halves[32];
+      for (int i = 0; i < 32; i++) table_halves[i] = uint16_t(float_to_bits(table[i % 16]) >> 16);
+      Call call = *this;
+      call.table = (const float*)table_halves;
+      run(call);
+    } else {
+      run(*this);
+    }
+  }
+};
+
+// Rows bounds[g] to bounds[g + 1] of x with weights[g].
+struct Groups {
+  Call shape;
+  const Weight* weights;
+  const int64_t* bounds;
+  int64_t count;
+};
+
+template <class S, class T>
+void run_all(const Groups& groups) {
+  multiply_groups(groups.bounds, groups.count, kSlab, kRows, [&](int64_t g, int64_t row) {
+    Coded<S, T> product{groups.shape};
+    static_cast<Weight&>(product) = groups.weights[g];
+    product.x = (const T*)product.x + row * product.stride;
+    product.out = (T*)product.out + row * product.outputs;
+    return product;
   });
 }
 
-template <class S, class T>
-void run_all(const Call& call) {
-  for (int64_t row = 0; row < call.rows; row += kSlab)
-    run_slab<S, T>(call, row, call.rows - row < kSlab ? call.rows - row : kSlab);
-}
-
 // x in 8 bits.
-void run_rounded(const Call& call) {
-  with_dtype(call.out_dtype, [&](auto type) {
+void run_rounded(const Groups& groups) {
+  const bool nibbles = groups.shape.form == kNibbles;
+  with_dtype(groups.shape.out_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
 #if defined(__AVX512F__)
-    if (has_vnni()) return call.form == kNibbles ? run_all<NibbleQuads<true>, T>(call) : run_all<Int8Quads<true>, T>(call);
+    if (has_vnni()) return nibbles ? run_all<NibbleQuads<true>, T>(groups) : run_all<Int8Quads<true>, T>(groups);
 #endif
-    call.form == kNibbles ? run_all<NibbleQuads<false>, T>(call) : run_all<Int8Quads<false>, T>(call);
+    nibbles ? run_all<NibbleQuads<false>, T>(groups) : run_all<Int8Quads<false>, T>(groups);
+  });
+}
+
+void run(const Groups& groups, int64_t arithmetic) {
+  const int64_t form = groups.shape.form, dtype = groups.shape.out_dtype;
+  if (arithmetic == kRounded) return run_rounded(groups);
+#if defined(__AVX512BF16__)
+  if (dtype == 1 && arithmetic == kBfloat16) {
+    if (form == kNibbles) return run_all<NibblesDot, Bfloat16>(groups);
+    if (form == kInt8) return run_all<Int8Dot, Bfloat16>(groups);
+  }
+#endif
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (form == kNibbles) return run_all<Nibbles, T>(groups);
+    if (form == kInt8) return run_all<Int8, T>(groups);
+    run_all<Float8, T>(groups);
   });
 }
 
@@ -372,25 +407,19 @@ KVRUN_OP(quantized_linear)
  int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form, int64_t scale_dtype,
  int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t arithmetic) {
   using namespace kvrun;
-  Call call{out,  x,       (const uint8_t*)panels, scales, offsets, (const float*)table, bias,         0,       rows,
-            outputs, inputs, stride,                 group,  form,    scale_dtype,         offset_dtype, x_dtype, bias_dtype};
-  call.zero = form == kInt8 ? 128 : -int32_t(call.table[0]);
-  if (arithmetic == kRounded) return run_rounded(call);
-#if defined(__AVX512BF16__)
-  if (x_dtype == 1 && arithmetic == kBfloat16) {
-    uint16_t halves[32];
-    for (int i = 0; i < 32; i++) halves[i] = uint16_t(float_to_bits(call.table[i % 16]) >> 16);
-    call.table = (const float*)halves;
-    if (form == kNibbles) return run_all<NibblesDot, Bfloat16>(call);
-    if (form == kInt8) return run_all<Int8Dot, Bfloat16>(call);
-  }
-#endif
-  with_dtype(x_dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if (form == kNibbles) return run_all<Nibbles, T>(call);
-    if (form == kInt8) return run_all<Int8, T>(call);
-    run_all<Float8, T>(call);
-  });
+  const Weight weight{(const uint8_t*)panels, scales, offsets, (const float*)table, bias};
+  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  const int64_t bounds[] = {0, rows};
+  run({shape, &weight, bounds, 1}, arithmetic);
+}
+
+KVRUN_OP(grouped_quantized_linear)
+(void* out, const void* x, const void* weights, const void* bounds, int64_t count, int64_t outputs, int64_t inputs, int64_t stride,
+ int64_t group, int64_t form, int64_t scale_dtype, int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype,
+ int64_t arithmetic) {
+  using namespace kvrun;
+  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  run({shape, (const Weight*)weights, (const int64_t*)bounds, count}, arithmetic);
 }
 
 KVRUN_OP(pack_quantized)

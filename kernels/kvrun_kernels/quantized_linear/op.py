@@ -63,6 +63,17 @@ class PackedQuantized:
         """Bytes held, scales and padding included."""
         return self.panels.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """See grouped.Packed."""
+        offsets = None if self.offsets is None else self.offsets.dtype
+        return self.codes, self.group, self.scales.dtype, offsets, self.integers, self.exact_in_bfloat16
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """See grouped.Packed."""
+        return self.panels, self.scales, self.offsets, self.table
+
     def rows(self, ids: Tensor) -> Tensor:
         """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""
         panel, row = ids // PANEL, ids % PANEL
@@ -191,15 +202,20 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
         return gpu.quantized_linear(x, packed, bias, rounded=rounded)
     if _kernel.run is None or not on_cpu(x, bias):
         return reference(x, packed, bias, rounded=rounded)
-    arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
-    offsets = packed.offsets
-    offset_dtype = _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
     _kernel.run(
         out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), packed.scales.data_ptr(),
-        None if offsets is None else offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),
+        None if packed.offsets is None else packed.offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),
         x.shape[0], packed.out_features, packed.in_features, x.stride(0),
-        packed.group, _FORMS[packed.codes], DTYPES[packed.scales.dtype], offset_dtype, DTYPES[x.dtype],
-        0 if bias is None else DTYPES[bias.dtype], arithmetic,
+        *described(x, packed, None if bias is None else bias.dtype, rounded),
     )  # fmt: skip
     return out
+
+
+def described(x: Tensor, packed: PackedQuantized, bias: torch.dtype | None, rounded: bool) -> tuple[int, ...]:
+    """The last arguments of native code: what the numbers that it reads are, and in which arithmetic it multiplies them."""
+    offsets = packed.offsets
+    offset = _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
+    arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32
+    types = (_FORMS[packed.codes], DTYPES[packed.scales.dtype], offset, DTYPES[x.dtype], 0 if bias is None else DTYPES[bias])
+    return packed.group, *types, arithmetic

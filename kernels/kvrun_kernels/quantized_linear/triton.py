@@ -4,6 +4,8 @@ Codes are exact in every dtype of inputs but for tables of fractions (nf4, fp4),
 sum over its group in float32. Only groups that no tile fits (not a multiple of 16) scale each weight and round it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,18 +40,14 @@ def _values(codes, row_start, held_rows, at, inputs, table, first, FORM: tl.cons
 
 
 @triton.jit
-def _multiply(
-    out, x, codes, scales, offsets, table, bias, rows, outputs, inputs, x_stride, code_stride, group, cut, first,
-    FORM: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+def added(
+    total, x, x_start, mine, codes, n, held, code_stride, scales, offsets, table, first, first_input, last_input, inputs, outputs, group,
+    FORM: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(2)
-    mine, held = m < rows, n < outputs
-    x_start, row_start = m.to(tl.int64) * x_stride, n.to(tl.int64) * code_stride
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for at in range(part * cut, min(part * cut + cut, inputs), BLOCK_K):
+    """total + the products of a tile's rows, which begin at x_start, with outputs n over inputs from the first to the last."""
+    row_start = n.to(tl.int64) * code_stride
+    for at in range(first_input, last_input, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         inner = tl.load(x + x_start[:, None] + k[None, :], mine[:, None] & (k < inputs)[None, :], other=0.0)
         weight = _values(codes, row_start, held, at, inputs, table, first, FORM, BLOCK_K)
@@ -72,6 +70,24 @@ def _multiply(
             else:
                 weight = weight * scale
             total = product(inner, tl.trans(rounded(weight, inner.dtype)), total)
+    return total
+
+
+@triton.jit
+def _multiply(
+    out, x, codes, scales, offsets, table, bias, rows, outputs, inputs, x_stride, code_stride, group, cut, first,
+    FORM: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
+    mine, held = m < rows, n < outputs
+    total = added(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, m.to(tl.int64) * x_stride, mine, codes, n, held, code_stride,
+        scales, offsets, table, first, part * cut, min(part * cut + cut, inputs), inputs, outputs, group,
+        FORM, OFFSET, UNIT, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if BIAS:
         total += tl.load(bias + n, held, other=0.0).to(tl.float32)[None, :]
     target = out + (part.to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
@@ -90,6 +106,24 @@ def _add_parts(out, parts, bias, count, elements, outputs, BIAS: tl.constexpr, B
     tl.store(out + at, rounded(total, out.dtype.element_ty), held)
 
 
+def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
+    """What a weight's numbers are, and the tile that a program takes of it; `few` rows leave its bytes to be all that counts."""
+    group, offsets = packed.group, packed.offsets
+    counted = packed.codes == torch.uint8 and packed.integers
+    whole = group % 16 == 0 or group >= packed.in_features
+    block_n, block_k = (32, 64) if not whole else (64, 128) if few else (128, 64)
+    # The largest power of two that divides a group, for a tile must not touch two.
+    block_k = min(block_k, group & -group) if whole and group < packed.in_features else block_k
+    return {
+        "FORM": _COUNTED if counted else _FORMS.get(packed.codes, _TABLE),
+        "OFFSET": _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else _ADDED,
+        "UNIT": FLOAT8_UNIT if packed.codes == torch.float8_e4m3fn else 1.0,
+        "WHOLE": whole,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+
+
 def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """As the op says; inputs in 8 bits are rounded here as everywhere, but multiplied in float32."""
     rows, outputs, inputs, group = x.shape[0], packed.out_features, packed.in_features, packed.group
@@ -98,13 +132,10 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
         return out
     if rounded and packed.integers:
         x = in_8_bits(x, group)
-    counted = packed.codes == torch.uint8 and packed.integers
     few = rows <= FEW_ROWS
     block_m = 16 if few else up_to_power(rows, 32, 128)
-    whole = group % 16 == 0 or group >= inputs
-    block_n, block_k = (32, 64) if not whole else (64, 128) if few else (128, 64)
-    # The largest power of two that divides a group, for a tile must not touch two.
-    block_k = min(block_k, group & -group) if whole and group < inputs else block_k
+    kind = described(packed, few)
+    block_n, block_k = kind["BLOCK_N"], kind["BLOCK_K"]
     tiles = (triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))
     parts = max(1, min(PROGRAMS // tiles[1], inputs // LEAST_CUT)) if few else 1
     cut = triton.cdiv(triton.cdiv(inputs, parts), block_k) * block_k
@@ -115,10 +146,7 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
     _multiply[tiles[0], tiles[1], parts](
         target, x, packed.panels, packed.scales, absent if offsets is None else offsets, packed.table, absent if bias is None else bias,
         rows, outputs, inputs, x.stride(0), packed.panels.stride(0), group, cut, packed.first,
-        FORM=_COUNTED if counted else _FORMS.get(packed.codes, _TABLE),
-        OFFSET=_NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else _ADDED,
-        BIAS=bias is not None and parts == 1, UNIT=FLOAT8_UNIT if packed.codes == torch.float8_e4m3fn else 1.0, WHOLE=whole,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8 if block_m == 128 else 4, num_stages=4 if few else 3,
+        BIAS=bias is not None and parts == 1, BLOCK_M=block_m, num_warps=8 if block_m == 128 else 4, num_stages=4 if few else 3, **kind,
     )  # fmt: skip
     if parts > 1:
         block = 1024

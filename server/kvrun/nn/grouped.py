@@ -25,12 +25,12 @@ class GroupedLinear:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self._sites = [linear.site for linear in linears]
-        self._weights = GroupedWeights([linear.weight for linear in linears])
-        self._biases = None if linears[0].bias is None else [b for linear in linears if (b := linear.bias) is not None]
+        biases = [bias for linear in linears if (bias := linear.bias) is not None]
+        self._weights = GroupedWeights([linear.weight for linear in linears], biases or None)
 
     def __call__(self, x: Tensor, groups: Groups, lora: LinearDelta | None) -> Tensor:
         """x [rows, in_features] -> [rows, out_features]"""
-        y = self._weights.matmul(x, groups.offsets, self._biases)
+        y = self._weights.matmul(x, groups.offsets)
         if lora is not None:
             lora.apply_grouped(self._sites, x, y, groups.offsets, groups.tokens)
         return y
@@ -44,7 +44,7 @@ def sorted_by(choice: Tensor, count: int) -> tuple[Groups, Tensor]:
     flat = choice.flatten()
     order = flat.argsort(stable=True)
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    offsets = torch.zeros(count + 1, dtype=torch.int64)
+    places[order] = torch.arange(len(order), device=order.device)
+    offsets = order.new_zeros(count + 1)
     torch.cumsum(torch.bincount(flat, minlength=count), 0, out=offsets[1:])
     return Groups(offsets, order // choice.shape[1]), places.view(choice.shape)

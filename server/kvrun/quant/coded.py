@@ -34,9 +34,18 @@ class CodedLinear:
         """See QuantizedLinear."""
         return self._rounded and self.packed.integers
 
+    @property
+    def ordered(self) -> bool:
+        """Whether codes lie in another order than the inputs."""
+        return self._order is not None
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
-        return ops.quantized_linear(x if self._order is None else arranged(x, self._order), self.packed, bias, rounded=self._rounded)
+        return ops.quantized_linear(self.arranged(x), self.packed, bias, rounded=self._rounded)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Inputs in the order in which the packed codes lie. x [T, in] -> [T, packed.in_features]"""
+        return x if self._order is None else arranged(x, self._order)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the weight, [ids, in] float32: an embedding looks them up."""
