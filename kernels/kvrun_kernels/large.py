@@ -1,4 +1,4 @@
-"""Memory for what is read in full at every step: weights side by side in pages of 2 MiB, which the processor finds without walking tables.
+"""Memory for what is read much at every step: weights side by side in pages of 2 MiB, which the processor finds without walking tables.
 
 A tensor's own allocation begins and ends within such pages, so that most of a small weight would lie in pages of 4 KiB.
 """
@@ -37,3 +37,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         _chunk = large(max(taken, CHUNK))
     found, _chunk = _chunk[:size], _chunk[taken:]
     return found.view(dtype).view(tuple(shape))
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`empty`, which is zeros because no memory is handed out twice; what is never written of it takes none."""
+    return empty(shape, dtype)

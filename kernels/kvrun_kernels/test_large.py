@@ -1,6 +1,8 @@
 """Tensors that share large pages: apart, aligned, and gone when nobody holds them."""
 
+import mmap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,20 @@ def test_more_than_a_chunk_gets_memory_of_its_own():
     big = large.empty((large.CHUNK + 1,), torch.uint8)
     assert big.numel() == large.CHUNK + 1 and big.data_ptr() % large.PAGE == 0
     assert int(big[-1]) == 0
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_zeros_take_memory_when_they_are_written():
+    before, size = resident(), 256 << 20
+    made = large.zeros((size,), torch.uint8)
+    assert resident() - before < size // 8
+    assert not made.any()
+    made[:: mmap.PAGESIZE] = 1
+    assert resident() - before > size // 2
 
 
 def test_memory_goes_back_when_the_last_tensor_in_it_is_gone():

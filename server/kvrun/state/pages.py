@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from kvrun_kernels import large
 from torch import Tensor
 
 from kvrun.state.shapes import STORED, PageShape
@@ -27,13 +28,20 @@ class KvPages:
         beside = STORED[stored_name(dtype)][1] // dtype.itemsize
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
         self.layers: list[Tensor] = [
-            torch.zeros(pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside, dtype=dtype, device=device) for s in shapes
+            _zeros((pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside), dtype, device) for s in shapes
         ]
 
     @property
     def bytes(self) -> int:
         """Bytes of the whole pool."""
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.device(device).type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    # Writing the zeros would take longer than loading the model; memory is taken when a page is first written.
+    return large.zeros(shape, dtype)
 
 
 def page_bytes(shapes: Sequence[PageShape], page_tokens: int, dtype: torch.dtype) -> int:
