@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 Kinds = Callable[[str, tuple[int, ...]], str]
 NAMES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "cohere": "command-r", "gpt_neox": "gptneox"}
-NAMES |= {"mistral": "llama", "mixtral": "llama"}
+NAMES |= {"mistral": "llama", "mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
 # Types that the package reads and does not write, with the bytes at which a block has its halves.
 RANDOM = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 
@@ -33,8 +33,8 @@ def all_of(kind: str) -> Kinds:
 FLOATS = all_of("F32")
 
 
-def write_gguf(checkpoint: Path, file: Path, kinds: Kinds = FLOATS, **metadata: object) -> dict[str, torch.Tensor]:
-    """Write a checkpoint as a GGUF file; `kinds` says the type of a matrix by its name there.
+def write_gguf(checkpoint: Path, file: Path, kinds: Kinds = FLOATS, *, early: bool = False, **metadata: object) -> dict[str, torch.Tensor]:
+    """Write a checkpoint as a GGUF file; `kinds` says the type of a matrix by its name there. `early`: as the first converters did.
 
     Returns what the file stands for under the checkpoint's names, by the package's own reading.
     """
@@ -48,6 +48,10 @@ def write_gguf(checkpoint: Path, file: Path, kinds: Kinds = FLOATS, **metadata: 
         _add(writer, key, value)
     stands: dict[str, torch.Tensor] = {}
     tensors = load_file(checkpoint / "model.safetensors")
+    if table.name == "deepseek2":
+        fields_of_heads, tensors = _latent(fields, tensors, early)
+        for key, value in fields_of_heads.items():
+            _add(writer, key, value)
     for stored, names in _stored(table, tensors, fields).items():
         parts = [_moved(table, stored, tensors[part].float(), fields) for part in names]
         whole = (parts[0] if len(parts) == 1 and "_exps" not in stored and "_norm.w" not in stored[-8:] else torch.stack(parts)).numpy()
@@ -61,6 +65,7 @@ def write_gguf(checkpoint: Path, file: Path, kinds: Kinds = FLOATS, **metadata: 
         read = torch.from_numpy(whole if kind.name == "F32" else dequantize(blocks, kind).reshape(whole.shape))
         back = [_back(table, stored, part, fields) for part in (read if len(names) > 1 else read.reshape(1, *parts[0].shape))]
         stands |= dict(zip(names, back, strict=True))
+    stands = _together(stands)
     for stored, factors in _rotations(fields).items():
         writer.add_tensor(stored, np.array(factors, dtype=np.float32))
     writer.write_header_to_file()
@@ -114,6 +119,41 @@ def _fields(table: Architecture, c: Config) -> dict[str, object]:
     if table.name == "phi3":
         found["attention.sliding_window"] = window or 0
     return {f"{table.name}.{key}": value for key, value in found.items() if value is not None}
+
+
+def _latent(c: Config, tensors: dict[str, torch.Tensor], early: bool) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """Fields of latent attention, and the tensors with each head's keys, turned round, and values apart, which early files had not."""
+    plain, rotated, value, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+    lengths = {"key_length": plain + rotated, "value_length": value}
+    found: dict[str, object] = {"expert_gating_func": 2 if c.model_type == "deepseek_v3" else 1}
+    if early:
+        found = {f"attention.{name}": length for name, length in lengths.items()}
+    else:
+        found |= {"attention.key_length": latent + rotated, "attention.value_length": latent}
+        found |= {f"attention.{name}_mla": length for name, length in lengths.items()}
+    if (all_dim := (c.get("rope_parameters") or {}).get("mscale_all_dim")) is not None:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * all_dim
+    apart: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if "kv_b_proj" not in name or early:
+            apart[name] = tensor
+            continue
+        keys, values = tensor.unflatten(0, (-1, plain + value)).split([plain, value], 1)
+        module = name.removesuffix(".weight")
+        apart |= {f"{module}.keys.weight": keys.transpose(1, 2).contiguous(), f"{module}.values.weight": values.contiguous()}
+    return {f"deepseek2.{key}": value for key, value in found.items()}, apart
+
+
+def _together(stands: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys and values as the checkpoint has them."""
+    found = {}
+    for name, tensor in stands.items():
+        if name.endswith(".keys.weight"):
+            values = stands[name.replace(".keys.", ".values.")]
+            found[name.replace(".keys.", ".")] = torch.cat((tensor.transpose(1, 2), values), 1).flatten(0, 1)
+        elif not name.endswith(".values.weight"):
+            found[name] = tensor
+    return found
 
 
 def _rotations(c: Config) -> dict[str, list[float]]:
@@ -171,8 +211,10 @@ def _name(table: Architecture, name: str, module: str, c: Config) -> str | None:
             return None if tied else f"{ends[tried]}.{suffix}"
         known = {**table.layer, **(table.variant[1] if table.variant and "ln_mlp" in "".join(table.variant[1].values()) else {})}
         for own, theirs in known.items():
-            pattern = re.escape(f"{table.at}.{theirs}.").replace(r"\{n\}", r"(\d+)").replace(r"\{i\}", r"\d+")
-            if at := re.fullmatch(pattern, tried):
+            pattern = re.escape(f"{table.at}.{theirs}").replace(r"\{n\}", r"(\d+)").replace(r"\{i\}", r"\d+")
+            if at := re.fullmatch(pattern, name):
+                return f"blk.{at[1]}.{own}"
+            if (at := re.fullmatch(rf"{pattern}\.", tried)) and suffix in ("weight", "bias"):
                 return f"blk.{at[1]}.{own}.{suffix}"
         if table.name == "falcon" and (at := re.fullmatch(r"transformer\.h\.(\d+)\.input_layernorm\.", tried)):
             return f"blk.{at[1]}.attn_norm.{suffix}"

@@ -40,6 +40,7 @@ READ_BY_TRANSFORMERS += ("falcon7b", "bloom_5_heads", "starcoder2", "stablelm")
 FILED = (*READ_BY_TRANSFORMERS, "llama_biased", "llama_multi_head", "llama_linear", "llama_yarn", "mixtral", "qwen2_moe_sparse")
 FILED += ("qwen3_moe_mixed", "gemma", "gemma3", "phi3_longrope", "phi4_mini", "falcon11b", "falcon40b", "bloom", "mpt", "gpt_neox")
 FILED += ("starcoder2_unbiased", "stablelm_parallel", "cohere", "cohere_plus", "granite", "olmo2")
+FILED += ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
 
 
 class Alone(Group):
@@ -150,12 +151,18 @@ def filed(tmp_path_factory):
 
 
 def _recoverable(config: dict) -> dict:
-    """What no file says is what the models were published with: Gemma's scale of scores, StarCoder's window, Qwen's sum of weights."""
+    """What no file says is what the models were published with: Gemma's scale of scores, StarCoder's window, Qwen's sum of weights.
+
+    DeepSeek's files say one of two numbers that were the same, and that experts have groups where they are chosen by them.
+    """
     kind = config["model_type"]
     scale = {"query_pre_attn_scalar": config["head_dim"]} if "query_pre_attn_scalar" in config else {}
     window = {"sliding_window": None} if kind == "starcoder2" else {}
     share = {"norm_topk_prob": kind == "qwen3_moe"} if kind in ("qwen2_moe", "qwen3_moe") else {}
-    return {**config, **scale, **window, **share}
+    stretch = config.get("rope_parameters") or {}
+    same = {"rope_parameters": {**stretch, "mscale": stretch["mscale_all_dim"]}} if "mscale" in stretch else {}
+    alone = {"n_group": 1, "topk_group": 1} if config.get("topk_method") == "greedy" else {}
+    return {**config, **scale, **window, **share, **same, **alone}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -165,6 +172,26 @@ def test_every_architecture_computes_what_its_checkpoint_computes(row, world, fi
     groups[world].load(folder)
     found, wanted = groups[world].step([(0, PROMPT)]), oracle(checkpoint, [PROMPT])[0]
     assert ((found - wanted).abs().max() / wanted.std()).item() < 1e-3
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_latent_attention_is_read_from_files_of_every_age_and_type(early, tmp_path, groups, monkeypatch):
+    """Each head's keys and values lie together in the first ones; in blocks, turned round, in later ones."""
+    wide = {"qk_nope_head_dim": 32, "kv_lora_rank": 64, "v_head_dim": 32, "qk_rope_head_dim": 16}
+    narrow = ROWS["deepseek_v2_lite"]
+    monkeypatch.setitem(ROWS, "deepseek_v2_wide", replace(narrow, config={**narrow.config, **wide}))
+    write_checkpoint("deepseek_v2_wide", tmp_path / "plain", _recoverable)
+    folder = tmp_path / "file"
+    folder.mkdir()
+    stands = write_gguf(tmp_path / "plain", folder / "model.gguf", lambda name, shape: "Q8_0" if "_b." in name else "F32", early=early)
+    write_oracle(tmp_path / "plain", folder, {name.removesuffix(".weight"): tensor for name, tensor in stands.items()})
+    model = prepared(folder / "model.gguf", tmp_path / "cache")
+    wanted = oracle(folder / "oracle", [PROMPT])[0]
+    for world in (1, 2):
+        groups[world].load(model)
+        assert ((groups[world].step([(0, PROMPT)]) - wanted).abs().max() / wanted.std()).item() < 1e-3
+    _, found = models.read(model)
+    assert found == replace(models.read(tmp_path / "plain")[1], leftovers=found.leftovers)
 
 
 @pytest.mark.parametrize("row", READ_BY_TRANSFORMERS)

@@ -33,7 +33,7 @@ LAYER = {**SHAPE, "layer_norm_eps": "attention.layer_norm_epsilon"}
 class Architecture:
     """How files of one `general.architecture` name what a published checkpoint calls otherwise.
 
-    Names leave out ".weight" and ".bias", keys of the metadata the architecture's own name before them.
+    Names leave out ".weight" and ".bias", but where these differ too; keys of the metadata the architecture's own name before them.
     """
 
     name: str

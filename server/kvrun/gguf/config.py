@@ -130,6 +130,9 @@ def _stretched(container: Container) -> Config:
         keys = {field: f"{container.architecture}.rope.scaling.{name}" for field, name in names.items()}
         stated = {field: container.metadata[key] for field, key in keys.items() if key in container.metadata}
         original = container.field(f"{at}original_context_length")
+        multiplier = container.metadata.get(f"{container.architecture}.rope.scaling.yarn_log_multiplier")
+        if multiplier is not None:  # a tenth of what DeepSeek's configs say twice
+            stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * multiplier, 6))
         return {"rope_type": "yarn", "factor": container.field(f"{at}factor"), "original_max_position_embeddings": original, **stated}
     if kind not in ("none", "longrope"):
         raise Unsupported(f"{container.file}: rope scaling {kind} is not served; known are none, linear, yarn and longrope")

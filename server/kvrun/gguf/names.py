@@ -61,7 +61,7 @@ def _places(name: str, tensor: Tensor, container: Container, architecture: Archi
     own, _, suffix = name.rpartition(".")
     module = _module(own, container, architecture)
     if module is None:
-        yield name, Place(tensor, tensor.shape, False)
+        yield _module(name, container, architecture) or name, Place(tensor, tensor.shape, False)
         return
     bare = own.rpartition(".")[2]
     order, more = architecture.orders.get(bare), float(bare in architecture.more)
@@ -76,7 +76,7 @@ def _places(name: str, tensor: Tensor, container: Container, architecture: Archi
 
 
 def _module(own: str, container: Container, architecture: Architecture) -> str | None:
-    """The checkpoint's module for a tensor's name without its suffix."""
+    """What the checkpoint calls that for which the file has a name: a module, or a tensor that differs in its suffix too."""
     found = LAYER.fullmatch(own)
     if found is None:
         return architecture.ends.get(own)

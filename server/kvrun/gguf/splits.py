@@ -40,6 +40,16 @@ QWEN2 = [split(rf"{ENDINGS}|{WORDS}|\p{{N}}|{REST}"), BYTES]
 GPT4O = [split(rf"{cased(ENDINGS + '?')}|\p{{N}}{{1,3}}|{CASED_REST}"), BYTES]
 TEKKEN = [split(rf"{cased()}|\p{{N}}|{CASED_REST}"), BYTES]
 DEEPSEEK3 = rf"{MARKS}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
+DEEPSEEK = [
+    split(r"[\r\n]"),
+    split(rf"\s?{CASED}+"),
+    split(r"\s?[!-/:-~！-／：-～‘-‟　-。]+"),
+    split(r"\s+$"),
+    split(r"[一-龥ࠀ-一가-퟿]+"),
+    DIGITS,
+    BYTES,
+]
 DEEPSEEK_CODER = [split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(r"[一-龥ࠀ-一가-퟿]+"), DIGITS, BYTES]
 FALCON = [
     {"type": "Punctuation", "behavior": "Contiguous"},
@@ -61,6 +71,7 @@ SPLITS: dict[str, tuple[list[Json], Json | None]] = {
     "stablelm2": (QWEN2, None),
     "tekken": (TEKKEN, None),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (GPT4O, None)),
+    "deepseek-llm": (DEEPSEEK, None),
     "deepseek-coder": (DEEPSEEK_CODER, None),
     "deepseek-v3": ([split(r"\p{N}{1,3}"), split(CJK), split(DEEPSEEK3), BYTES], None),
     "falcon": (FALCON, None),

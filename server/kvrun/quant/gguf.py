@@ -7,15 +7,16 @@ integer of 8 bits fit a float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvrun.gguf import PLAIN, TYPES
+from kvrun.quant.coded import CodedLinear
 from kvrun.quant.codes import Codes, grouped
 from kvrun.quant.dense import Dense
-from kvrun.quant.format import Blocks, LinearFormat
+from kvrun.quant.format import WHOLE, Blocks, LinearFormat, Stretch
 from kvrun.quant.registry import Settings, stored
 from kvrun.weights.load import indices, torch_dtype
 from kvrun.weights.plan import Cut, Role
@@ -36,9 +37,12 @@ class Gguf:
 
     def of(self, module: str, role: Role, held: Collection[str]) -> LinearFormat:
         """See LinearFormat."""
-        return next((Gguf(name) for name in held if name in BYTES), Dense())
+        kinds = {part: name for name in held for part, _, kind in (name.rpartition("."),) if kind in BYTES}
+        if "keys" in kinds and "values" in kinds:
+            return KeysAndValues(kinds["keys"], kinds["values"])
+        return Gguf(kinds[""]) if "" in kinds else Dense()
 
-    def tensors(self) -> Mapping[str, Blocks]:
+    def tensors(self) -> Mapping[str, Stretch]:
         """See LinearFormat."""
         return {self._kind: BYTES[self._kind]}
 
@@ -48,13 +52,47 @@ class Gguf:
         if self._kind in PLAIN:
             return blocks.flatten(1).view(torch_dtype(self._kind))
         places = indices(BYTES[self._kind].places(cut))
-        parts = DECODERS[self._kind](blocks)
-        values, group = parts.values.flatten(1), parts.values[0].numel() // parts.scales[0].numel()
-        scales, offsets = parts.scales.flatten(1), None if parts.offsets is None else parts.offsets.flatten(1)
-        codes = Codes(values, scales, offsets, group, parts.table)
-        if len(places) == values.shape[1]:
+        codes = _codes(self._kind, blocks)
+        if len(places) == codes.values.shape[1]:
             return codes
-        return grouped(Codes(values[:, places].contiguous(), scales, offsets, None, parts.table), places // group)
+        assert codes.group is not None, "blocks have groups"
+        return grouped(replace(codes, values=codes.values[:, places].contiguous(), group=None), places // codes.group)
+
+
+class KeysAndValues(Gguf):
+    """A matrix in two tensors: each head's keys, turned round, and its values. Blocks that are turned round are none: numbers."""
+
+    def __init__(self, keys: str, values: str) -> None:
+        """`keys`, `values`: the tensors' suffixes, "keys.Q8_0"."""
+        super().__init__()
+        self._keys, self._values = keys, values
+
+    def tensors(self) -> Mapping[str, Stretch]:
+        """See LinearFormat."""
+        return {self._keys: WHOLE, self._values: WHOLE}
+
+    def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Tensor:
+        """See LinearFormat."""
+        keys, values = (_numbers(tensors[name], name.rpartition(".")[2]) for name in (self._keys, self._values))
+        whole = torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+        return whole[indices(cut.rows)][:, indices(cut.cols)]
+
+
+def _numbers(blocks: Tensor, kind: str) -> Tensor:
+    """What blocks [heads, rows, blocks, bytes] stand for. -> [heads, rows, inputs] float32"""
+    rows = blocks.flatten(0, 1)
+    if kind in PLAIN:
+        return rows.flatten(1).view(torch_dtype(kind)).float().unflatten(0, blocks.shape[:2])
+    codes = _codes(kind, rows)
+    return CodedLinear(codes, codes.values.shape[1]).dense().unflatten(0, blocks.shape[:2])
+
+
+def _codes(kind: str, blocks: Tensor) -> Codes:
+    """What blocks [out, blocks, bytes] hold."""
+    parts = DECODERS[kind](blocks)
+    offsets = None if parts.offsets is None else parts.offsets.flatten(1)
+    group = parts.values[0].numel() // parts.scales[0].numel()
+    return Codes(parts.values.flatten(1), parts.scales.flatten(1), offsets, group, parts.table)
 
 
 @dataclass(frozen=True)
