@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from kvrun.engine.images import Image as Shown
-from kvrun.spec import Images, Quarters
+from kvrun.spec import Images, PanAndScan, Quarters
+from kvrun.vision.crops import crops
 from kvrun.vision.tiles import Size, count
 from PIL import Image, ImageDraw
 from tiny import oracle_model
@@ -49,9 +50,10 @@ def pillow(data: bytes) -> Image.Image:
 
 def ids_of(images: Images, data: bytes) -> list[int]:
     """The ids that an image becomes, and where a picture has a fixed number of them, one id around each."""
-    if images.features:
-        return [AROUND, *([images.token] * images.features + [AROUND]) * (5 if isinstance(images.cutting, Quarters) else 1)]
     (width, height), cutting = pillow(data).size, images.cutting
+    if images.features:
+        more = 4 if isinstance(cutting, Quarters) else len(crops(cutting, Size(height, width))) if isinstance(cutting, PanAndScan) else 0
+        return [AROUND, *([images.token] * images.features + [AROUND]) * (1 + more)]
     return [images.token] * count(Size(height, width), cutting.side, cutting.tokens, cutting.grids)
 
 
@@ -68,6 +70,24 @@ def prompt(images: Images, parts: Sequence[list[int] | bytes]) -> tuple[list[int
         else:
             tokens += part
     return tokens, shown
+
+
+WIDE, TALL = picture(61, 17, seed=1), picture(23, 40, seed=2, kind="JPEG")
+CLEAR, GREY = picture(20, 20, seed=3, mode="RGBA"), picture(9, 30, seed=4, mode="L")
+
+
+def text(count: int, seed: int) -> list[int]:
+    """Random ids without specials."""
+    return torch.randint(3, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PARTS = {
+    "one image": [text(5, 1), WIDE, text(9, 2)],
+    "one at the very beginning": [TALL, text(4, 3)],
+    "two of different sizes": [text(3, 4), WIDE, text(2, 5), TALL, text(6, 6)],
+    "two beside each other": [text(7, 7), CLEAR, GREY, text(3, 8)],
+    "none": [text(21, 9)],
+}
 
 
 # What transformers' processors are told of tiny models beside their files.
@@ -95,6 +115,9 @@ class Oracle:
         file = str(Path(folder) / "tokenizer.json")
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, extra_special_tokens=own, **names)
         self.whole = getattr(transformers, f"{kind}Processor")(self.processor, tokenizer, **PROCESSORS.get(kind, {}))
+        # Which takes these settings from its caller, whatever the file says.
+        panned = {name: value for name, value in vars(self.processor).items() if "pan_and_scan" in name}
+        self.told = {"images_kwargs": panned} if panned.get("do_pan_and_scan") else {}
 
     def ids(self, parts: Sequence[str | bytes], marker: str) -> list[int]:
         """What texts and images after each other become, without what begins every prompt."""
@@ -103,7 +126,7 @@ class Oracle:
         if self.model.config.model_type == "idefics":
             return self.whole(text=[seen], return_tensors="pt")["input_ids"][0, 1:].tolist()
         text = "".join(part if isinstance(part, str) else marker for part in seen)
-        return self.whole(text=text, images=files or None, return_tensors="pt")["input_ids"][0].tolist()
+        return self.whole(text=text, images=files or None, return_tensors="pt", **self.told)["input_ids"][0].tolist()
 
     def logits(self, tokens: Sequence[int], files: Sequence[bytes] = ()) -> torch.Tensor:
         """Of every token, [tokens, vocabulary]."""

@@ -11,7 +11,7 @@ from kvrun.inspect import inspect_model
 from kvrun.lora.adapter import read_adapter
 from kvrun.nn.build import load_model
 from kvrun.quant import DenseLinear
-from kvrun.spec import Config, describe, model_of
+from kvrun.spec import Config, PanAndScan, describe, model_of
 from pictures import picture
 from safetensors.torch import load_file, save_file
 
@@ -167,6 +167,16 @@ def test_what_a_published_gemma_says_of_images(tmp_path):
     assert images.text == "\n\n<start_of_image><image_soft_token><end_of_image>\n\n" and images.together
     assert (images.token, images.features, images.marker) == (262144, 256, "<start_of_image>")
     assert config.end_tokens == (1, 106)
+
+
+def test_what_a_gemma_says_that_shows_images_in_crops_too(tmp_path):
+    folder = folder_of("gemma-3-4b-it", tmp_path, newer=False)
+    path = folder / "preprocessor_config.json"
+    stated = {"do_pan_and_scan": True, "pan_and_scan_max_num_crops": 3, "pan_and_scan_min_crop_size": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **stated}))
+    cutting = model_of(Config.read(folder)).images.cutting
+    assert isinstance(cutting, PanAndScan)
+    assert (cutting.side, cutting.shortest, cutting.most, cutting.ratio) == (896, 256, 3, 1.2)
 
 
 REFUSED = {

@@ -5,7 +5,8 @@ from io import BytesIO
 import numpy as np
 import pytest
 from kvrun.errors import ImageError
-from kvrun.spec import Bounded, Pixels, Quarters, Square, Tiles
+from kvrun.spec import Bounded, PanAndScan, Pixels, Quarters, Square, Tiles
+from kvrun.vision.crops import crops
 from kvrun.vision.cut import cut, pictures
 from kvrun.vision.decode import decode
 from kvrun.vision.tiles import Size, best_grid, fitted, margins
@@ -77,6 +78,30 @@ def test_quarters_come_row_by_row_and_the_whole_last():
 def test_an_image_without_quarters_is_refused():
     with pytest.raises(ImageError, match="1 x 7 pixels has no quarters"):
         cut(Quarters(Bounded(1, 9)), Image.new("RGB", (1, 7)), 0)
+
+
+FAR_FROM_SQUARE = [(61, 17), (17, 61), (23, 40), (24, 20), (20, 24), (9, 30), (15, 8), (16, 8), (200, 31)]
+
+
+@pytest.mark.parametrize("size", [*FAR_FROM_SQUARE, (25, 22), (7, 30), (70, 1)])
+def test_crops_are_those_of_transformers(size):
+    from transformers import Gemma3ImageProcessorPil
+
+    width, height = size
+    image = np.arange(3 * height * width).reshape(3, height, width)
+    theirs = Gemma3ImageProcessorPil().pan_and_scan(image, 8, 4, 1.2)
+    ours = crops(PanAndScan(8, 8, 4, 1.2, "", "", ""), Size(height, width))
+    assert len(ours) == len(theirs)
+    for (left, top, right, bottom), reference in zip(ours, theirs, strict=True):
+        assert np.array_equal(image[:, top:bottom, left:right], reference)
+
+
+def test_crops_come_behind_the_whole():
+    image = Image.new("RGB", (16, 4))
+    image.paste((255, 0, 0), (8, 0, 12, 4))
+    parts = cut(PanAndScan(4, 4, 4, 1.2, "", "", ""), image, 0)
+    assert [part.size for part in parts] == [(4, 4)] * 5
+    assert [part.getpixel((1, 1))[0] for part in parts[1:]] == [0, 0, 255, 0]
 
 
 def test_tiles_come_row_by_row_behind_the_whole():

@@ -1,7 +1,7 @@
 //! How many ids an image becomes, by the rule that the shards describe.
 
 use kvrun_proto::image_rule::Layout;
-use kvrun_proto::{ImageRule, ImageSize, TiledImage};
+use kvrun_proto::{ImageRule, ImageSize, PannedImage, TiledImage};
 
 use super::{ImageError, Size};
 
@@ -10,12 +10,26 @@ pub fn features(rule: &ImageRule, size: Size) -> Result<usize, ImageError> {
     let features = match &rule.layout {
         Some(Layout::Fixed(fixed)) => fixed.features,
         Some(Layout::Tiled(tiled)) => tiles(tiled, size).unwrap_or(0),
+        Some(Layout::Panned(panned)) => panned.features,
         None => 0,
     };
     match features {
         0 => Err(ImageError::Uncounted),
         features => Ok(features as usize),
     }
+}
+
+/// Crops that an image is cut into along its longer edge; none of an image that is near to square, or small.
+pub fn crops(panned: &PannedImage, size: Size) -> u32 {
+    let (longer, shorter) = (size.height.max(size.width), size.height.min(size.width));
+    let ratio = f64::from(longer) / f64::from(shorter);
+    let rounded = (ratio + 0.5).floor() as u32;
+    let wanted = rounded.min(longer / panned.shortest.max(1)).max(2);
+    let side = longer.div_ceil(wanted.min(panned.most).max(1));
+    if ratio < panned.ratio || side.min(shorter) < panned.shortest {
+        return 0;
+    }
+    longer.div_ceil(side)
 }
 
 /// One tile of the whole image, then its best grid: rows of what is no padding, each with one id more at its end.
@@ -60,6 +74,11 @@ fn rounded(value: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Heights, widths and what the reference makes of them.
+    fn counted(file: &str) -> Vec<(u32, u32, usize)> {
+        serde_json::from_str(file).unwrap()
+    }
 
     /// (height, width, ids on 336-pixel tiles of 24 x 24, ids on 28-pixel tiles of 2 x 2), from the reference processor.
     const COUNTED: [(u32, u32, usize, usize); 16] = [
@@ -109,6 +128,24 @@ mod tests {
                 (on_large, on_small),
                 "{size:?}"
             );
+        }
+        for (height, width, expected) in counted(include_str!("../../tests/data/anyres.json")) {
+            let size = Size { height, width };
+            assert_eq!(features(&large, size).unwrap(), expected, "{size:?}");
+        }
+    }
+
+    #[test]
+    fn crops_are_counted_as_the_reference_counts_them() {
+        let panned = PannedImage {
+            shortest: 256,
+            most: 4,
+            ratio: 1.2,
+            ..Default::default()
+        };
+        for (height, width, expected) in counted(include_str!("../../tests/data/panned.json")) {
+            let size = Size { height, width };
+            assert_eq!(crops(&panned, size) as usize, expected, "{size:?}");
         }
     }
 

@@ -3,8 +3,10 @@
 //! What stands for an image goes into the text before that is tokenized, since line breaks or spaces on both sides of its
 //! edge may share a token.
 
+use std::borrow::Cow;
 use std::iter::repeat_n;
 
+use kvrun_proto::image_rule::Layout;
 use kvrun_proto::{ImageRule, Spaces};
 
 use super::{ImageError, Size, count};
@@ -54,13 +56,14 @@ pub fn write(
     let mut pictures = Vec::with_capacity(images.len());
     for (place, &size) in images.iter().enumerate() {
         let beside_another = place > 0 && parts[place].is_empty();
+        let shown = shown(rule, size);
         whole.push_str(match beside_another {
-            true => rule.text.strip_prefix(&rule.border).unwrap_or(&rule.text),
-            false => &rule.text,
+            true => shown.strip_prefix(&rule.border).unwrap_or(&shown),
+            false => &shown,
         });
         whole.push_str(&kept(parts[place + 1]));
         pictures.push(Pictures {
-            count: rule.text.matches(placeholder).count(),
+            count: shown.matches(placeholder).count(),
             features: count::features(rule, size)?,
         });
     }
@@ -71,6 +74,21 @@ pub fn write(
         text: whole,
         pictures,
     })
+}
+
+/// What an image of this size is written as.
+fn shown(rule: &ImageRule, size: Size) -> Cow<'_, str> {
+    let picture = rule.text.as_str();
+    let (panned, crops) = match &rule.layout {
+        Some(Layout::Panned(panned)) => (panned, count::crops(panned, size)),
+        _ => return Cow::Borrowed(picture),
+    };
+    if crops == 0 {
+        return Cow::Borrowed(picture);
+    }
+    let crops = vec![picture; crops as usize].join(&panned.between_crops);
+    let (before_whole, before_crops) = (&panned.before_whole, &panned.before_crops);
+    Cow::Owned(format!("{before_whole}{picture}{before_crops}{crops}"))
 }
 
 impl Written {
@@ -146,8 +164,7 @@ fn parted(text: &str, border: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvrun_proto::FixedImage;
-    use kvrun_proto::image_rule::Layout;
+    use kvrun_proto::{FixedImage, PannedImage};
 
     const SIZE: Size = Size {
         height: 4,
@@ -189,6 +206,30 @@ mod tests {
             written(&parted, "a<i><i>b<i> c<i>"),
             "a|<p>|<p>|<p>|<p>| b|<p>|<p>| c|<p>|<p>|"
         );
+    }
+
+    #[test]
+    fn crops_are_written_behind_the_image_that_they_are_of() {
+        let panned = PannedImage {
+            features: 3,
+            shortest: 4,
+            most: 3,
+            ratio: 1.5,
+            before_whole: "All ".to_owned(),
+            before_crops: " parts ".to_owned(),
+            between_crops: " ".to_owned(),
+        };
+        let rule = ImageRule {
+            layout: Some(Layout::Panned(panned)),
+            ..rule("|<p>|", "", Spaces::Kept)
+        };
+        let size = |height, width| Size { height, width };
+        let written = write(&rule, "<p>", "<i>, <i>", &[size(4, 5), size(9, 4)]).unwrap();
+        assert_eq!(written.text, "|<p>|, All |<p>| parts |<p>| |<p>|");
+        let placed = written.place(&rule, &[9, 1, 9, 1, 9, 9]).unwrap();
+        let ids = [&[9; 3][..], &[1], &[9; 3], &[1], &[9; 6]].concat();
+        assert_eq!(placed.ids, ids);
+        assert_eq!(placed.spans, [(0, 3), (4, 10)]);
     }
 
     #[test]

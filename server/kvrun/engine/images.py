@@ -43,7 +43,7 @@ class Shown(NamedTuple):
 
     places: np.ndarray  # indices into the sequence's tokens
     rows: Tensor  # [places, hidden]
-    last: int  # index of the image's last feature
+    ends: np.ndarray  # for each place, that of its picture's last feature
 
 
 class SequenceImages:
@@ -83,7 +83,7 @@ class SequenceImages:
         for places, rows in self._features.values():
             first, last = (int(np.searchsorted(places, edge)) for edge in (start, stop))
             if first < last:
-                found.append(Shown(places[first:last], rows[first:last], int(places[-1])))
+                found.append(Shown(places[first:last], rows[first:last], _ends(places)[first:last]))
         return found
 
     def forget(self, computed: int) -> None:
@@ -100,6 +100,12 @@ class SequenceImages:
         if len(places) != len(rows):
             raise ImageError(f"the image makes {len(rows)} features, its place in the prompt was counted as {len(places)}")
         return places, rows
+
+
+def _ends(places: np.ndarray) -> np.ndarray:
+    """Of each place, the last that it reaches without a gap: the features of a picture stand beside each other, those of two do not."""
+    last = np.flatnonzero(np.diff(places, append=places[-1] + 2) > 1)
+    return places[np.repeat(last, np.diff(last, prepend=-1))]
 
 
 class Chunk(NamedTuple):
@@ -124,6 +130,6 @@ def splice(chunks: Items[Chunk], positions: np.ndarray) -> tuple[Splice | None, 
     for (chunk, part), at in zip(shown, tokens, strict=True):
         if chunk.images.together:
             reach = positions.copy() if reach is None else reach
-            reach[at] = part.last
+            reach[at] = part.ends
     rows = torch.cat([part.rows for _, part in shown])
     return Splice(torch.from_numpy(np.concatenate(tokens)), rows), None if reach is None else torch.from_numpy(reach)

@@ -10,6 +10,7 @@ from kvrun.spec import (
     Matrix,
     Model,
     Normalise,
+    PanAndScan,
     Pool,
     RmsNorm,
     Square,
@@ -34,15 +35,15 @@ def gemma3_image(c: Config) -> Model:
 
 def _images(c: Config, hidden: int) -> Images:
     vision, processor = c.within("vision_config").otherwise(**siglip.DEFAULTS), image_processor(c)
-    processor.only("do_pan_and_scan", False)
     token, count = c.get("image_token_index", c.get("image_token_id", 262_144)), c.get("mm_tokens_per_image", 256)
     edges, tokens = (c.get("boi_token_index", 255_999), c.get("eoi_token_index", 256_000)), special_tokens(c)
     begin, features, end = (token_text(c, tokens, known) for known in (edges[0], token, edges[1]))
+    side, panned = vision.image_size, processor.get("do_pan_and_scan", False)
     return Images(
         marker=begin,
         text=f"\n\n{begin}{features}{end}\n\n",
         token=token,
-        cutting=Square(vision.image_size),
+        cutting=_pan_and_scan(processor, side) if panned else Square(side),
         pixels=pixels(processor, HALF, HALF, filter=2),
         encoder=siglip.encoder(vision, "model.vision_tower."),
         stages=(
@@ -52,4 +53,16 @@ def _images(c: Config, hidden: int) -> Images:
         ),
         features=count,
         together=True,
+    )
+
+
+def _pan_and_scan(processor: Config, side: int) -> PanAndScan:
+    return PanAndScan(
+        side,
+        max(1, processor.get("pan_and_scan_min_crop_size", 256)),
+        max(1, processor.get("pan_and_scan_max_num_crops", 4)),
+        processor.get("pan_and_scan_min_ratio_to_activate", 1.2),
+        before_whole="Here is the original image ",
+        before_crops=" and here are some crops to help you see better ",
+        between_crops=" ",
     )

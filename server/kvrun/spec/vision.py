@@ -59,7 +59,23 @@ class Tiles:
     newline: str  # a vector
 
 
-Cutting = Square | Bounded | Quarters | Tiles
+@dataclass(frozen=True)
+class PanAndScan:
+    """The image as one square picture, and where it is far from square, as crops along its longer edge after that, each such a picture.
+
+    Their text is that of a picture each, with words between them (Gemma 3's "pan and scan").
+    """
+
+    side: int
+    shortest: int  # pixels; an image of which a crop would have a shorter edge has none
+    most: int  # crops of an image
+    ratio: float  # of its longer edge to its shorter from which on an image has crops
+    before_whole: str  # written before the image's text, where crops follow it
+    before_crops: str
+    between_crops: str
+
+
+Cutting = Square | Bounded | Quarters | Tiles | PanAndScan
 
 
 @dataclass(frozen=True)

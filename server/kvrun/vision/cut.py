@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from kvrun.errors import ImageError
-from kvrun.spec import Bounded, Pixels, Quarters, Square, Tiles
+from kvrun.spec import Bounded, PanAndScan, Pixels, Quarters, Square, Tiles
+from kvrun.vision.crops import crops
 from kvrun.vision.tiles import Size, best_grid, fitted
 
 
@@ -45,6 +46,12 @@ def _(cutting: Quarters, image: Image.Image, filter: int) -> list[Image.Image]:
         raise ImageError(f"an image of {width} x {height} pixels has no quarters; send one of at least 2 x 2")
     boxes = ((0, 0, across, down), (across, 0, width, down), (0, down, across, height), (across, down, width, height))
     return [picture for part in (*map(image.crop, boxes), image) for picture in cut(cutting.each, part, filter)]
+
+
+@cut.register
+def _(cutting: PanAndScan, image: Image.Image, filter: int) -> list[Image.Image]:
+    boxes = crops(cutting, Size(image.size[1], image.size[0]))
+    return [picture.resize((cutting.side, cutting.side), filter) for picture in (image, *map(image.crop, boxes))]
 
 
 @cut.register

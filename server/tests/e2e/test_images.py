@@ -63,7 +63,7 @@ class Served:
         return self.tokenizer.decode(answer, skip_special_tokens=True)
 
 
-@pytest.fixture(params=["llava_next", "idefics2", "gemma3_image", "idefics"])
+@pytest.fixture(params=["llava_next", "idefics2", "gemma3_image", "gemma3_panned", "idefics"])
 def served(request, checkpoint, tmp_path):
     folder = checkpoint(request.param)
     marker = model_of(Config.read(folder)).images.marker

@@ -6,6 +6,7 @@ ever, so a greedy test would see nothing: `randomise` draws weights large enough
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -25,7 +26,9 @@ ROWS: dict[str, Row] = {
 _written: dict[Path, Row] = {}
 
 
-def write_checkpoint(row: str, folder: Path, edit: Callable[[dict], dict] = lambda config: config, **save: object) -> Path:
+def write_checkpoint(
+    row: str, folder: Path, edit: Callable[[dict], dict] = lambda config: config, seed: int | None = None, **save: object
+) -> Path:
     """Write the row's weights, config and tokenizer into a folder; `edit` rewrites the saved config, `save` goes to save_pretrained.
 
     Where a published checkpoint is laid out otherwise than transformers saves it, transformers' own lies in `oracle/` there.
@@ -33,7 +36,7 @@ def write_checkpoint(row: str, folder: Path, edit: Callable[[dict], dict] = lamb
     from safetensors.torch import load_file, save_file
     from transformers import CONFIG_MAPPING
 
-    asked, folder = ROWS[row], Path(folder)
+    asked, folder = ROWS[row] if seed is None else replace(ROWS[row], seed=seed), Path(folder)
     torch.manual_seed(0)  # for what `randomise` adds to in place of drawing it
     model = auto(asked).from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
     randomise(model, asked.seed)

@@ -16,7 +16,7 @@ from kvrun.nn.residual import PostNorm, Residual
 from kvrun.nn.vision.patches import Patches
 from kvrun.nn.vision.stages import Stage
 from kvrun.nn.vision.step import picture_step
-from kvrun.spec import Images, Tiles
+from kvrun.spec import Images, PanAndScan, Tiles
 from kvrun.vision.cut import pictures
 from kvrun.vision.decode import decode
 from kvrun.vision.tiles import Size, best_grid, margins
@@ -39,7 +39,7 @@ class Sight:
     def features(self, data: bytes) -> Tensor:
         """Rows for the embedding, one for each of the image's tokens that it replaces, [rows, hidden]. Raises ImageError."""
         image = decode(data)
-        seen = [torch.from_numpy(picture).to(self.dtype) for picture in pictures(image, self.spec.cutting, self.spec.pixels)]
+        seen = [torch.from_numpy(picture).to(self.patches.weight) for picture in pictures(image, self.spec.cutting, self.spec.pixels)]
         found = [rows for _, alike in groupby(seen, key=lambda picture: picture.shape) for rows in self._encode(torch.stack(list(alike)))]
         return join(self.spec.cutting, found, Size(image.size[1], image.size[0]), self.tables)
 
@@ -49,14 +49,9 @@ class Sight:
 
     def rule(self, page_tokens: int) -> dict[str, Any]:
         """What an image becomes in a prompt, by the wire's names for it."""
-        spec = self.spec
-        if isinstance(spec.cutting, Tiles):
-            grids = [{"height": height, "width": width} for height, width in spec.cutting.grids]
-            layout = {"tiled": {"tile_pixels": spec.cutting.side, "tile_tokens": spec.cutting.tokens, "grids": grids}}
-        else:
-            layout = {"fixed": {"features": spec.features}}
+        spec, memory = self.spec, self.memory_tokens(page_tokens)
         text = {"marker": spec.marker, "text": spec.text, "border": spec.border, "spaces": spec.spaces.upper()}
-        return {**text, "token": spec.token, "together": spec.together, "memory": self.memory_tokens(page_tokens), **layout}
+        return {**text, "token": spec.token, "together": spec.together, "memory": memory, **layout(spec.cutting, spec.features)}
 
     def _encode(self, same: Tensor) -> Tensor:
         """Pictures of one shape, [n, 3, height, width] -> [n, features, hidden]"""
@@ -70,6 +65,24 @@ class Sight:
         for stage in self.stages:
             x = stage(x)
         return x
+
+
+@singledispatch
+def layout(cutting: object, features: int) -> dict[str, Any]:
+    """How many ids an image becomes, by the wire's names for it. features: of each picture, where all have as many."""
+    return {"fixed": {"features": features}}
+
+
+@layout.register
+def _(cutting: Tiles, features: int) -> dict[str, Any]:
+    grids = [{"height": height, "width": width} for height, width in cutting.grids]
+    return {"tiled": {"tile_pixels": cutting.side, "tile_tokens": cutting.tokens, "grids": grids}}
+
+
+@layout.register
+def _(cutting: PanAndScan, features: int) -> dict[str, Any]:
+    words = {key: getattr(cutting, key) for key in ("before_whole", "before_crops", "between_crops")}
+    return {"panned": {"features": features, "shortest": cutting.shortest, "most": cutting.most, "ratio": cutting.ratio, **words}}
 
 
 @singledispatch
