@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How near a mixture of experts comes to the machine's read rate while it decodes, in this process and without a server.
 
-    experts.py --experts 8 --top 2 --hidden 1024 --width 2816 --layers 4
+    experts.py --experts 8 --top 2 --hidden 1024 --width 2816 --layers 4 --quantize int4
 
 A step must read the matrices of the experts that its rows chose, once each, and everything else. Timed by the processor
 time of one thread, which waiting for a turn on a shared machine does not add to; so is the read rate beside it.
@@ -50,6 +50,21 @@ def decoding(rows: int) -> ForwardBatch:
     )
 
 
+def prompt(tokens: int) -> ForwardBatch:
+    """All tokens of one sequence."""
+    pages = -(-tokens // PAGE)
+    return ForwardBatch(
+        ids=torch.arange(tokens) % 1000 + 5,
+        positions=torch.arange(tokens, dtype=torch.int32),
+        query_start=torch.tensor([0, tokens], dtype=torch.int32),
+        contexts=torch.tensor([tokens], dtype=torch.int32),
+        page_table=torch.arange(pages, dtype=torch.int32).view(1, pages),
+        slots=torch.arange(tokens),
+        wanted=torch.tensor([tokens - 1]),
+        lora=None,
+    )
+
+
 def active(model: LoadedModel, batch: ForwardBatch, pool) -> float:
     """Experts that a step's rows choose, on the average of the layers."""
     from kvrun.nn.mixers import moe
@@ -73,20 +88,24 @@ def main() -> None:
     for name, default in (("experts", 8), ("top", 2), ("hidden", 1024), ("width", 2816), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--prompt", type=int, nargs="*", default=[], help="also a prompt of so many tokens")
+    parser.add_argument("--quantize", help="make the weights so at load")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kvrun_kernels.set_num_threads(1)
     clock = Clock(1.0, time.thread_time)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder), args)
-        model = load_model(folder, dtype="bfloat16")
-    expert = 3 * args.hidden * args.width * 2
-    rest = model.weight_bytes - args.layers * args.experts * expert - 1024 * args.hidden * 2  # one row of the embedding is read, not all
+        model = load_model(folder, dtype="bfloat16", quantize=args.quantize)
+    experts = [linear.weight.nbytes for linear in model.linears if "experts" in linear.sources[0].module]
+    expert = sum(experts) / (args.layers * args.experts)
+    rest = model.weight_bytes - sum(experts) - 1024 * args.hidden * 2  # one row of the embedding is read, not all
     rate = stream_rate(clock)
     print(f"read rate {rate / 1e9:.1f} GB/s; an expert is {expert / 1e6:.1f} MB, everything else {rest / 1e6:.1f} MB")
     print("| rows | experts per layer | bytes | ms per step | GB/s | of the read rate |\n|---|---|---|---|---|---|")
-    for rows in args.rows:
-        batch, pool = decoding(rows), model.pool(rows * CONTEXT // PAGE, PAGE)
+    steps = [(str(rows), decoding(rows)) for rows in args.rows] + [(f"prompt of {tokens}", prompt(tokens)) for tokens in args.prompt]
+    for rows, batch in steps:
+        pool = model.pool(batch.page_table.numel(), PAGE)
         chosen = active(model, batch, pool)
         seconds = clock.seconds_of(lambda batch=batch, pool=pool: model.forward(batch, pool))
         total = rest + args.layers * chosen * expert
