@@ -18,6 +18,7 @@ from kvrun_kernels import dispatch
 
 _INTEGERS, _FLOATS = 28, 4
 _LINE = 64
+HOST = torch.device("cpu")
 _empty = torch.ops.aten.empty.memory_format
 
 
@@ -114,6 +115,6 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def can_replay() -> bool:
-    """Whether native code serves, and knows how to make calls again on this processor and system."""
-    return dispatch._chosen is not None and hasattr(dispatch._library, "kvrun_replay")
+def can_replay(place: torch.device = HOST) -> bool:
+    """Whether native code serves there, and knows how to make calls again on this processor and system."""
+    return place.type == "cpu" and dispatch._chosen is not None and hasattr(dispatch._library, "kvrun_replay")

@@ -76,9 +76,11 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
     args.word("serve").word(&served.model);
     args.flag("--uds-path", run.join(format!("shard-{rank}")));
     args.flag("--rank", rank.to_string());
-    args.flag("--world-size", plan.shards.to_string());
+    args.flag("--world-size", plan.place.shards().to_string());
     args.flag("--rendezvous", run.join(format!("rendezvous-{generation}")));
     args.flag("--model-id", &settings.model_id);
+    let place = plan.place.arguments(settings);
+    args.0.extend(place.into_iter().map(OsString::from));
     args.flag("--dtype", settings.dtype.name());
     args.flag("--kv-cache-dtype", settings.kv_cache_dtype.name());
     if let Some(format) = settings.quantize {
@@ -129,7 +131,7 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
     args.flag("--http-fd", http.to_string());
     args.flag("--control-fd", control.to_string());
     args.flag("--shard-uds-path", run.join("shard"));
-    args.flag("--num-shard", plan.shards.to_string());
+    args.flag("--num-shard", plan.place.shards().to_string());
     args.flag("--tokenizer-name", &served.model);
     args.flag("--model-id", &settings.model_id);
     if let Some(revision) = &settings.revision {
@@ -279,7 +281,7 @@ mod tests {
             .expect("flags");
         let settings = Settings::check(args, &environment).expect("settings");
         let plan = Plan {
-            shards: 2,
+            place: crate::place::Place::Cpu { shards: 2 },
             threads: 4,
             weight_bytes: 1,
             adapter_bytes: 7,
@@ -348,8 +350,8 @@ mod tests {
         );
         assert!(line(&shard).starts_with(
             "serve /models/m --uds-path /run/kvrun-1/shard-1 --rank 1 --world-size 2 --rendezvous \
-             /run/kvrun-1/rendezvous-3 --model-id org/m --dtype bfloat16 --kv-cache-dtype int8 --quantize gptq \
-             --activation-dtype int8 --packed-cache /packed"
+             /run/kvrun-1/rendezvous-3 --model-id org/m --device cpu --dtype bfloat16 --kv-cache-dtype int8 \
+             --quantize gptq --activation-dtype int8 --packed-cache /packed"
         ));
         assert!(line(&router).starts_with(
             "--http-fd 5 --control-fd 6 --shard-uds-path /run/kvrun-1/shard --num-shard 2 --tokenizer-name /models/m"

@@ -12,6 +12,7 @@ mod failure;
 mod inspection;
 mod listen;
 mod machine;
+mod place;
 mod plan;
 mod process;
 mod report;
@@ -39,7 +40,7 @@ use args::{Args, Environment};
 use commands::Site;
 use console::Console;
 use failure::{Code, Failure};
-use machine::Machine;
+use place::Place;
 use process::Spawner;
 use resolve::Work;
 use run_directory::RunDirectory;
@@ -93,7 +94,7 @@ fn launch(args: Args, console: &Console, started: Instant) -> Result<End, Failur
     let environment = Environment::read();
     let only_facts = args.operation.env && args.model.model_id.is_none();
     if args.operation.env {
-        show(&report::render(&Machine::read(&report::gpus())));
+        show(&report::render(&report::machine(&environment)));
     }
     if only_facts {
         return Ok(End::Drained);
@@ -113,16 +114,18 @@ fn launch(args: Args, console: &Console, started: Instant) -> Result<End, Failur
         console,
     };
 
-    let machine = Machine::read(&report::gpus());
+    let machine = report::machine(&environment);
+    let place = Place::choose(&settings, &machine)?;
     let work = Work {
         environment: &environment,
         settings: &settings,
+        shards: place.shards(),
         spawner: &spawner,
         signals: &signals,
     };
     let served = work.served()?;
     let inspection = work.inspection(&served)?;
-    let plan = plan::make(&settings, &machine, &inspection)?;
+    let plan = plan::make(&settings, &machine, place, &inspection)?;
     let table = table::render(&settings, &machine, &inspection, &plan);
     let site = Site {
         environment: &environment,

@@ -19,16 +19,18 @@ pub struct Machine {
 }
 
 /// One GPU that this process may use.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Gpu {
+    pub uuid: String,
     pub name: String,
     pub memory_total: u64,
     pub memory_available: u64,
 }
 
 impl Machine {
-    /// Reads `/proc` and `/sys`; `gpus` is the answer of [`GPU_QUERY`], empty where there is none.
-    pub fn read(gpus: &str) -> Self {
+    /// Reads `/proc` and `/sys`; `gpus` is the answer of [`GPU_QUERY`], empty where there is none, `visible` says which of
+    /// them this process may use, as `CUDA_VISIBLE_DEVICES` does.
+    pub fn read(gpus: &str, visible: Option<&str>) -> Self {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let (total, available) = (field(&memory, "MemTotal:"), field(&memory, "MemAvailable:"));
         let group = memory_group(
@@ -43,29 +45,48 @@ impl Machine {
             memory_available: group.map_or(available, |group| {
                 group.limit.saturating_sub(group.used).min(available)
             }),
-            gpus: gpus.lines().filter_map(gpu).collect(),
+            gpus: seen(gpus.lines().filter_map(gpu).collect(), visible),
         }
     }
 }
 
-/// The program that lists GPUs, and its arguments; one line of name, total and free MiB for each.
+/// The program that lists GPUs, and its arguments; one line of UUID, name, total and free MiB for each.
 pub const GPU_QUERY: (&str, &[&str]) = (
     "nvidia-smi",
     &[
-        "--query-gpu=name,memory.total,memory.free",
+        "--query-gpu=uuid,name,memory.total,memory.free",
         "--format=csv,noheader,nounits",
     ],
 );
 
 fn gpu(line: &str) -> Option<Gpu> {
     let mut parts = line.rsplitn(3, ',').map(str::trim);
-    let (free, total, name) = (parts.next()?, parts.next()?, parts.next()?);
+    let (free, total) = (parts.next()?, parts.next()?);
+    let (uuid, name) = parts.next()?.split_once(',')?;
     let mebibytes = |text: &str| text.parse::<u64>().ok().map(|count| count << 20);
     Some(Gpu {
-        name: name.to_owned(),
+        uuid: uuid.trim().to_owned(),
+        name: name.trim().to_owned(),
         memory_total: mebibytes(total)?,
         memory_available: mebibytes(free)?,
     })
+}
+
+/// Those that a list of numbers or beginnings of UUIDs names, in its order; as for the driver, the first name that is no
+/// GPU's ends it.
+fn seen(gpus: Vec<Gpu>, visible: Option<&str>) -> Vec<Gpu> {
+    let Some(list) = visible else {
+        return gpus;
+    };
+    let find = |name: &str| match name.parse::<usize>() {
+        Ok(number) => gpus.get(number),
+        Err(_) => gpus
+            .iter()
+            .find(|gpu| name.starts_with("GPU-") && gpu.uuid.starts_with(name)),
+    };
+    list.split(',')
+        .map_while(|name| find(name.trim()).cloned())
+        .collect()
 }
 
 fn field(text: &str, name: &str) -> u64 {
@@ -158,7 +179,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_a_core_and_memory() {
-        let machine = Machine::read("");
+        let machine = Machine::read("", None);
         assert!(machine.cores >= 1);
         assert!(machine.memory_available > 0 && machine.memory_available <= machine.memory_total);
     }
@@ -166,7 +187,8 @@ mod tests {
     #[test]
     fn gpus_are_read_from_the_query() {
         let machine = Machine::read(
-            "NVIDIA H200, 143771, 143000\nA, with comma, 10, 5\nno devices were found\n",
+            "GPU-1, NVIDIA H200, 143771, 143000\nGPU-2, A, with comma, 10, 5\nno devices were found\n",
+            None,
         );
         let facts: Vec<_> = machine
             .gpus
@@ -174,6 +196,24 @@ mod tests {
             .map(|gpu| (gpu.name.as_str(), gpu.memory_available >> 20))
             .collect();
         assert_eq!(facts, [("NVIDIA H200", 143_000), ("A, with comma", 5)]);
+    }
+
+    #[test]
+    fn only_visible_gpus_are_used_in_their_order() {
+        let query = "GPU-aa1, A, 1, 1\nGPU-ab2, B, 2, 2\nGPU-c, C, 3, 3\n";
+        for (visible, names) in [
+            (None, "A B C"),
+            (Some("2,0"), "C A"),
+            (Some("GPU-ab, 0"), "B A"),
+            (Some("1,7,0"), "B"),
+            (Some("MIG-aa1"), ""),
+            (Some("-1"), ""),
+            (Some(""), ""),
+        ] {
+            let gpus = Machine::read(query, visible).gpus;
+            let found: Vec<_> = gpus.iter().map(|gpu| gpu.name.as_str()).collect();
+            assert_eq!(found.join(" "), names, "{visible:?}");
+        }
     }
 
     #[test]

@@ -4,12 +4,13 @@ use crate::args::KvCacheDtype;
 use crate::failure::{Code, Failure};
 use crate::inspection::Inspection;
 use crate::machine::Machine;
+use crate::place::Place;
 use crate::settings::Settings;
 
 /// Sizes that the processes are started with. All are for one model process, in bytes unless named otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    pub shards: u32,
+    pub place: Place,
     pub threads: u32,
     pub weight_bytes: u64,
     pub adapter_bytes: u64,
@@ -45,10 +46,14 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 /// An idle shard: interpreter, libraries, activations of a step.
 const OVERHEAD_BYTES: u64 = 512 * MIB;
+/// The same on a GPU: the driver's context, workspaces of libraries, activations and logits of a step.
+const GPU_OVERHEAD_BYTES: u64 = 2 * GIB;
 /// Left to the router, the system and the cache of files.
 const SYSTEM_BYTES: u64 = 512 * MIB;
 /// Of what is left after weights and adapters, the most that the KV cache takes on its own account.
 const KV_SHARE: f64 = 0.6;
+/// The same of a GPU, which nobody else needs.
+const GPU_KV_SHARE: f64 = 0.9;
 /// The most pages of a model that keeps nothing in them; they only bound how many tokens are planned for.
 const FREE_PAGES: u64 = 1 << 20;
 /// What a request is taken to need when the KV cache is sized for many of them.
@@ -64,26 +69,21 @@ const UNSTATED_POSITIONS: u32 = 4096;
 pub fn make(
     settings: &Settings,
     machine: &Machine,
+    place: Place,
     inspection: &Inspection,
 ) -> Result<Plan, Failure> {
-    let shards = settings.shards;
     let model = &inspection.model;
-    let budget = budget_of(machine, shards);
+    let budget = Budget::of(settings, machine, &place);
     let adapter_bytes = settings
         .adapter_bytes
         .unwrap_or_else(|| default_adapter_bytes(settings, inspection));
-    let fixed = model.rank_weight_bytes + adapter_bytes + OVERHEAD_BYTES;
+    let fixed = model.rank_weight_bytes + adapter_bytes + budget.overhead;
     let left = budget
+        .bytes
         .checked_sub(fixed)
-        .ok_or_else(|| too_large(settings, budget, model.rank_weight_bytes, adapter_bytes))?;
+        .ok_or_else(|| too_large(settings, &budget, model.rank_weight_bytes, adapter_bytes))?;
 
     let mut remarks = Vec::new();
-    if !machine.gpus.is_empty() {
-        remarks.push(
-            "this version computes on the CPU: the plan is of main memory, and no GPU is used"
-                .to_owned(),
-        );
-    }
     if model.page_bytes == 0 && settings.kv_cache_dtype != KvCacheDtype::Auto {
         remarks.push(format!(
             "--kv-cache-dtype {} changes nothing: {} keeps no keys and values",
@@ -100,11 +100,11 @@ pub fn make(
         )));
     }
     let mut max_total_tokens = asked.unwrap_or(window);
-    let (state_bytes, max_batch_size) = size_states(settings, inspection, budget, left)?;
+    let (state_bytes, max_batch_size) = size_states(settings, inspection, &budget, left)?;
     let kv_cache = size_kv_cache(
         settings,
         inspection,
-        budget,
+        &budget,
         left - state_bytes,
         state_bytes,
         max_total_tokens,
@@ -132,25 +132,63 @@ pub fn make(
         )));
     }
     Ok(Plan {
-        shards,
         threads: settings
             .num_threads
-            .unwrap_or_else(|| (machine.cores as u32 / shards).max(1)),
+            .unwrap_or_else(|| (machine.cores as u32 / place.shards()).max(1)),
         weight_bytes: model.rank_weight_bytes,
         adapter_bytes,
         kv_cache,
         state_bytes,
         max_batch_size,
-        overhead_bytes: OVERHEAD_BYTES,
+        overhead_bytes: budget.overhead,
         max_input_tokens,
         max_total_tokens,
         remarks,
+        place,
     })
 }
 
-/// Main memory for one model process.
-fn budget_of(machine: &Machine, shards: u32) -> u64 {
-    machine.memory_available.saturating_sub(SYSTEM_BYTES) / u64::from(shards)
+/// The memory that one model process has.
+struct Budget {
+    bytes: u64,
+    /// Of them for what is neither weights, adapters nor KV cache.
+    overhead: u64,
+    /// Of what is left after weights and adapters, the most that the KV cache takes on its own account.
+    kv_share: f64,
+    /// What such memory is called.
+    name: &'static str,
+}
+
+impl Budget {
+    fn of(settings: &Settings, machine: &Machine, place: &Place) -> Self {
+        let name = place.memory();
+        match place {
+            Place::Cpu { shards } => Self {
+                bytes: machine.memory_available.saturating_sub(SYSTEM_BYTES) / u64::from(*shards),
+                overhead: OVERHEAD_BYTES,
+                kv_share: KV_SHARE,
+                name,
+            },
+            Place::Cuda(gpus) => {
+                let share = f64::from(settings.cuda_memory_fraction);
+                let usable = gpus.iter().map(|gpu| {
+                    let most = (gpu.memory_total as f64 * share) as u64;
+                    gpu.memory_available.min(most)
+                });
+                Self {
+                    bytes: usable.min().unwrap_or(0),
+                    overhead: GPU_OVERHEAD_BYTES,
+                    kv_share: GPU_KV_SHARE,
+                    name,
+                }
+            }
+        }
+    }
+
+    /// The most of what is `left` that the KV cache takes on its own account.
+    fn kv(&self, left: u64) -> u64 {
+        (left as f64 * self.kv_share) as u64
+    }
 }
 
 /// The named adapters, with room for what a shard adds (a matrix that feeds several linears is held by each of them),
@@ -169,17 +207,14 @@ fn default_adapter_bytes(settings: &Settings, inspection: &Inspection) -> u64 {
 fn size_states(
     settings: &Settings,
     inspection: &Inspection,
-    budget: u64,
+    budget: &Budget,
     left: u64,
 ) -> Result<(u64, Option<u32>), Failure> {
     let (model, asked) = (&inspection.model, settings.limits.max_batch_size);
     if model.slot_bytes == 0 {
         return Ok((0, asked));
     }
-    let room = settings
-        .kv_cache_bytes
-        .unwrap_or((left as f64 * KV_SHARE) as u64)
-        .min(left);
+    let room = settings.kv_cache_bytes.unwrap_or(budget.kv(left)).min(left);
     // Half of it where there are pages too.
     let room = if model.page_bytes > 0 { room / 2 } else { room };
     let fit = room / model.slot_bytes;
@@ -188,12 +223,13 @@ fn size_states(
         return Err(Failure::new(
             Code::Memory,
             format!(
-                "the recurrent states of {} sequences take {}, and {} of {} of main memory are left for them; lower \
+                "the recurrent states of {} sequences take {}, and {} of {} of {} are left for them; lower \
                  --max-batch-size, or use --dtype bfloat16 or a larger machine",
                 rows.max(1),
                 size(rows.max(1) * model.slot_bytes),
                 size(room),
-                size(budget),
+                size(budget.bytes),
+                budget.name,
             ),
         ));
     }
@@ -204,7 +240,7 @@ fn size_states(
 fn size_kv_cache(
     settings: &Settings,
     inspection: &Inspection,
-    budget: u64,
+    budget: &Budget,
     left: u64,
     states: u64,
     max_total_tokens: u32,
@@ -233,9 +269,7 @@ fn size_kv_cache(
                 None => pages_for(usual)
                     .saturating_mul(u64::from(settings.limits.max_concurrent_requests)),
             };
-            wanted
-                .max(one_request)
-                .min((left as f64 * KV_SHARE) as u64 / page_bytes)
+            wanted.max(one_request).min(budget.kv(left) / page_bytes)
         }
     };
     let asked_too_much = settings.limits.max_total_tokens.is_some() && pages < one_request;
@@ -244,11 +278,12 @@ fn size_kv_cache(
         return Err(Failure::new(
             Code::Memory,
             format!(
-                "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} of main memory are left for it; \
+                "the KV cache for one request of {max_total_tokens} tokens takes {}, and {} of {} of {} are left for it; \
                  lower --max-total-tokens",
                 size(one_request.max(2) * page_bytes),
-                size(asked_bytes.unwrap_or((left as f64 * KV_SHARE) as u64)),
-                size(budget),
+                size(asked_bytes.unwrap_or(budget.kv(left))),
+                size(budget.bytes),
+                budget.name,
             ),
         ));
     }
@@ -259,7 +294,7 @@ fn size_kv_cache(
     })
 }
 
-fn too_large(settings: &Settings, budget: u64, weights: u64, more: u64) -> Failure {
+fn too_large(settings: &Settings, budget: &Budget, weights: u64, more: u64) -> Failure {
     let cure = match settings.quantize {
         None => "a smaller or quantized model, --dtype bfloat16, or a larger machine",
         Some(_) => "a smaller model or a larger machine",
@@ -268,12 +303,13 @@ fn too_large(settings: &Settings, budget: u64, weights: u64, more: u64) -> Failu
         Code::Memory,
         format!(
             "{} needs {} for its weights, {} for adapters and KV cache and {} to run, in each model process; there are {} of \
-             main memory available to each; use {cure}",
+             {} available to each; use {cure}",
             settings.model_id,
             size(weights),
             size(more),
-            size(OVERHEAD_BYTES),
-            size(budget),
+            size(budget.overhead),
+            size(budget.bytes),
+            budget.name,
         ),
     )
 }

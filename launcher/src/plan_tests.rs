@@ -24,6 +24,16 @@ fn machine(memory: u64) -> Machine {
     }
 }
 
+/// The plan where flags and machine alone decide the place.
+fn make(settings: &Settings, machine: &Machine, inspection: &Inspection) -> Result<Plan, Failure> {
+    super::make(
+        settings,
+        machine,
+        Place::choose(settings, machine)?,
+        inspection,
+    )
+}
+
 /// A model of 2 GiB whose token takes 64 KiB of KV cache.
 fn inspection() -> Inspection {
     let model = ModelFacts {
@@ -53,7 +63,7 @@ fn inspection() -> Inspection {
 fn a_roomy_machine_holds_every_request_at_its_usual_length() {
     let plan = make(&settings(&[]), &machine(64 * GIB), &inspection()).expect("a plan");
     assert_eq!(
-        (plan.shards, plan.threads, plan.adapter_bytes),
+        (plan.place.shards(), plan.threads, plan.adapter_bytes),
         (1, 8, ADAPTERS)
     );
     assert_eq!((plan.max_total_tokens, plan.max_input_tokens), (8192, 8191));
@@ -72,7 +82,7 @@ fn the_parts_never_exceed_the_machine() {
             let cache = plan.kv_cache;
             let one = plan.weight_bytes + plan.adapter_bytes + plan.overhead_bytes + cache.bytes;
             assert!(
-                one * u64::from(plan.shards) <= machine.memory_available,
+                one * u64::from(plan.place.shards()) <= machine.memory_available,
                 "{plan:?}"
             );
             assert!(cache.tokens() >= u64::from(plan.max_total_tokens));
@@ -166,30 +176,59 @@ fn room_for_loading_adapters_is_kept_when_clients_may_load_them() {
     assert_eq!(plan.adapter_bytes, ADAPTERS + 256 * MIB);
 }
 
-#[test]
-fn a_machine_with_gpus_is_planned_by_its_main_memory_and_that_is_said() {
-    let gpu = Gpu {
-        name: "G".into(),
-        memory_total: 8 * GIB,
-        memory_available: 7 * GIB,
+/// A machine with two GPUs, one of them half taken.
+fn with_gpus() -> Machine {
+    let gpu = |free| Gpu {
+        memory_total: 24 * GIB,
+        memory_available: free,
+        ..Gpu::default()
     };
-    let with = Machine {
-        gpus: vec![gpu.clone(), gpu],
+    Machine {
+        gpus: vec![gpu(23 * GIB), gpu(12 * GIB)],
+        ..machine(4 * GIB)
+    }
+}
+
+#[test]
+fn a_model_on_gpus_is_planned_by_the_memory_of_the_fullest() {
+    let plan = make(&settings(&[]), &with_gpus(), &inspection()).expect("a plan");
+    assert_eq!(plan.place, Place::Cuda(with_gpus().gpus));
+    let left = 12 * GIB - 2 * GIB - ADAPTERS - GPU_OVERHEAD_BYTES;
+    assert_eq!(
+        plan.kv_cache.pages,
+        (left as f64 * GPU_KV_SHARE) as u64 / MIB
+    );
+    let alone = make(&settings(&["--num-shard=1"]), &with_gpus(), &inspection()).expect("a plan");
+    assert!(alone.kv_cache.pages > plan.kv_cache.pages);
+}
+
+#[test]
+fn a_share_of_a_gpu_bounds_what_is_planned_there() {
+    let plan = |share| make(&settings(&[share]), &with_gpus(), &inspection());
+    let (quarter, most) = (
+        plan("--cuda-memory-fraction=0.25"),
+        plan("--cuda-memory-fraction=1"),
+    );
+    let left = 6 * GIB - 2 * GIB - ADAPTERS - GPU_OVERHEAD_BYTES;
+    let quarter = quarter.expect("a plan").kv_cache;
+    assert_eq!(quarter.pages, (left as f64 * GPU_KV_SHARE) as u64 / MIB);
+    assert!(quarter.pages < most.expect("a plan").kv_cache.pages);
+    let failure = plan("--cuda-memory-fraction=0.1").expect_err("a refusal");
+    assert!(
+        failure.message.contains("2.40 GiB of GPU memory"),
+        "{failure}"
+    );
+}
+
+#[test]
+fn a_machine_with_gpus_that_are_not_wanted_is_planned_by_its_main_memory() {
+    let machine = Machine {
+        gpus: with_gpus().gpus,
         ..machine(64 * GIB)
     };
-    for flags in [&["--sharded=true"][..], &["--num-shard=3"], &[]] {
-        let plan = make(&settings(flags), &with, &inspection()).expect("a plan");
-        let without = make(&settings(flags), &machine(64 * GIB), &inspection()).expect("a plan");
-        assert!(plan.kv_cache.bytes > 0);
-        assert!(plan.remarks[0].contains("computes on the CPU"), "{plan:?}");
-        assert_eq!(
-            Plan {
-                remarks: Vec::new(),
-                ..plan
-            },
-            without
-        );
-    }
+    let plan = make(&settings(&["--device=cpu"]), &machine, &inspection()).expect("a plan");
+    let without = make(&settings(&[]), &self::machine(64 * GIB), &inspection());
+    assert_eq!(plan, without.expect("a plan"));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::args::Environment;
 use crate::machine::{GPU_QUERY, Machine};
 use crate::plan::size;
 
@@ -35,8 +36,14 @@ pub fn render(machine: &Machine) -> String {
     lines.join("\n") + "\n"
 }
 
+/// This machine, with those of its GPUs that this process may use.
+pub fn machine(environment: &Environment) -> Machine {
+    let visible = environment.get("CUDA_VISIBLE_DEVICES");
+    Machine::read(&gpus(), visible.as_deref())
+}
+
 /// The answer to [`GPU_QUERY`]; empty where there is no driver, or where it does not answer in time.
-pub fn gpus() -> String {
+fn gpus() -> String {
     let (program, args) = GPU_QUERY;
     let query = Command::new(program)
         .args(args)

@@ -21,6 +21,8 @@ use crate::signals::Signals;
 pub struct Work<'a> {
     pub environment: &'a Environment,
     pub settings: &'a Settings,
+    /// Model processes.
+    pub shards: u32,
     pub spawner: &'a Spawner<'a>,
     pub signals: &'a Signals,
 }
@@ -46,7 +48,7 @@ impl Work<'_> {
 
     /// What the headers of all files say.
     pub fn inspection(&self, served: &Served) -> Result<Inspection, Failure> {
-        let shards = self.settings.shards.to_string();
+        let shards = self.shards.to_string();
         let dtype = self.settings.dtype.name();
         let kv_dtype = self.settings.kv_cache_dtype.name();
         let quantize = self.settings.quantize.map(|format| format.name());

@@ -9,7 +9,8 @@ use clap::ValueEnum;
 use crate::adapters::{self, AdapterRequest};
 use crate::args::compat::Fate;
 use crate::args::{
-    ActivationDtype, Args, Dtype, Environment, KvCacheDtype, Limits, Operation, Quantize, Secret,
+    ActivationDtype, Args, Device, Dtype, Environment, KvCacheDtype, Limits, Operation, Quantize,
+    Secret,
 };
 use crate::failure::Failure;
 
@@ -26,8 +27,13 @@ pub struct Settings {
     pub quantize: Option<Quantize>,
     pub activation_dtype: ActivationDtype,
     pub packed_cache: Option<PathBuf>,
-    /// Number of model processes.
-    pub shards: u32,
+    pub device: Device,
+    /// Of a GPU's memory that a model process may take.
+    pub cuda_memory_fraction: f32,
+    pub strict_kernels: bool,
+    /// Number of model processes, where it was said.
+    pub num_shard: Option<u32>,
+    pub sharded: Option<bool>,
     pub num_threads: Option<u32>,
     pub kv_cache_bytes: Option<u64>,
     pub adapter_bytes: Option<u64>,
@@ -79,7 +85,7 @@ impl Settings {
                 missing.display()
             )));
         }
-        let shards = match sharding.num_shard {
+        let num_shard = match sharding.num_shard {
             None => from_variable(environment, "SM_NUM_GPUS", |text| {
                 text.parse().map_err(|_| String::new())
             })?,
@@ -123,7 +129,11 @@ impl Settings {
             quantize,
             activation_dtype: model.activation_dtype.unwrap_or(ActivationDtype::Auto),
             packed_cache: model.packed_cache,
-            shards: shards.unwrap_or(1),
+            device: sharding.device,
+            cuda_memory_fraction: sharding.cuda_memory_fraction,
+            strict_kernels: sharding.strict_kernels,
+            num_shard,
+            sharded: sharding.sharded,
             num_threads: sharding.num_threads,
             kv_cache_bytes: sharding.kv_cache_bytes,
             adapter_bytes: sharding.adapter_bytes,

@@ -236,10 +236,10 @@ fn second_names_of_variables_are_read_when_the_first_is_not_set() {
     assert_eq!(
         (
             settings.model_id.as_str(),
-            settings.shards,
+            settings.num_shard,
             settings.adapters.len()
         ),
-        ("org/m", 4, 2)
+        ("org/m", Some(4), 2)
     );
     assert_eq!(
         check_with(&["--model-id=own"], &variables)

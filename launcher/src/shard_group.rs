@@ -28,7 +28,7 @@ impl ShardGroup {
     /// Starts every rank.
     pub fn start(&mut self, site: Site<'_>, spawner: &Spawner<'_>) -> Result<(), Failure> {
         (self.start_at, self.kill_at) = (None, None);
-        for rank in 0..site.plan.shards {
+        for rank in 0..site.plan.place.shards() {
             let name = format!("shard-{rank}");
             let _left_by_the_last_one = fs::remove_file(site.run.join(&name));
             let invocation = commands::shard(site, rank, self.generation);

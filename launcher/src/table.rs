@@ -3,6 +3,7 @@
 use crate::commands::{self, Invocation, Site};
 use crate::inspection::{AdapterFacts, Inspection};
 use crate::machine::Machine;
+use crate::place::Place;
 use crate::plan::{Plan, size};
 use crate::settings::Settings;
 
@@ -51,19 +52,23 @@ pub fn render(
             size(machine.memory_total),
         ),
     ));
-    for gpu in &machine.gpus {
+    for (index, gpu) in machine.gpus.iter().enumerate() {
         let memory = format!(
             "{} of {} available",
             size(gpu.memory_available),
             size(gpu.memory_total)
         );
-        lines.push(row("", &format!("{} · {memory} · not used", gpu.name)));
+        let used = match &plan.place {
+            Place::Cuda(used) if index < used.len() => format!("shard-{index}"),
+            _ => "not used".to_owned(),
+        };
+        lines.push(row("", &format!("{} · {memory} · {used}", gpu.name)));
     }
     lines.push(row(
         "processes",
         &format!(
             "router · {} with {} each",
-            plural(u64::from(plan.shards), "shard"),
+            plural(u64::from(plan.place.shards()), "shard"),
             plural(u64::from(plan.threads), "thread"),
         ),
     ));
@@ -88,8 +93,8 @@ pub fn render(
 
 /// The processes and their arguments. The numbers of the files that the router inherits are examples.
 pub fn render_processes(site: Site<'_>) -> String {
-    let shards =
-        (0..site.plan.shards).map(|rank| (format!("shard-{rank}"), commands::shard(site, rank, 0)));
+    let shards = (0..site.plan.place.shards())
+        .map(|rank| (format!("shard-{rank}"), commands::shard(site, rank, 0)));
     let processes =
         std::iter::once(("router".to_owned(), commands::router(site, 3, 4))).chain(shards);
     let lines = processes.map(|(name, Invocation { program, args, .. })| {
@@ -142,7 +147,7 @@ fn memory(plan: &Plan, kv_dtype: &str) -> Vec<String> {
             )
         })
         .collect();
-    let all = match plan.shards {
+    let all = match plan.place.shards() {
         1 => String::new(),
         shards => format!("in each shard, {} in all", size(total * u64::from(shards))),
     };

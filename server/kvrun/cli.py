@@ -48,6 +48,7 @@ def _load(config: ServeConfig) -> Engine:
     import kvrun_kernels
     import torch
 
+    from kvrun import device as devices
     from kvrun import hub
     from kvrun.dist import Group
     from kvrun.engine.engine import Engine
@@ -57,23 +58,30 @@ def _load(config: ServeConfig) -> Engine:
     threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
     torch.set_num_threads(threads)
     kvrun_kernels.set_num_threads(threads)
+    device = devices.choose(config.device, config.rank, config.cuda_memory_fraction)
+    rounded, cached = config.activation_dtype != "auto", config.packed_cache is not None
+    devices.refuse_for_cpus(device, {"--activation-dtype": rounded, "--packed-cache": cached})
+    kernels = devices.serving(device, config.strict_kernels)
+    device.begin()
     try:
-        group = Group.join(config.rendezvous or "", config.rank, config.world_size)
+        group = Group.join(config.rendezvous or "", config.rank, config.world_size, device.place)
     except RuntimeError as error:
         raise DeviceError(f"the {config.world_size} ranks did not meet at {config.rendezvous}: {error}") from error
     model = load_model(
         hub.local(config.model_dir),
         dtype=config.dtype,
-        device="cpu",
+        device=device,
         group=group,
         quantize=config.quantize,
         activation_dtype=config.activation_dtype,
         packed_cache=config.packed_cache,
     )
     kv_dtype = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, config.world_size)
+    ranks = config.world_size if device.shared else 1
+    budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, ranks, device.free_bytes)
     engine = Engine(model, group, budget, config.page_tokens, kv_dtype)
     engine.warm()
+    devices.announce(device, kernels)
     return engine
 
 

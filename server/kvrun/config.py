@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvrun.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8_e4m3fn", "fp8_e5m2", "int8")
 
@@ -24,6 +25,9 @@ class ServeConfig:
     world_size: int
     rendezvous: Path | None  # a file all ranks see and no earlier group has used; None for a group of one
     model_id: str
+    device: str
+    cuda_memory_fraction: float  # of a GPU's memory that this rank may take
+    strict_kernels: bool
     dtype: str
     kv_cache_dtype: str
     quantize: str | None
@@ -47,6 +51,10 @@ class ServeConfig:
         for name in ("num_threads", "kv_cache_bytes", "adapter_bytes"):
             if getattr(args, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; 0 chooses by itself")
+        if not 0 < args.cuda_memory_fraction <= 1:
+            raise ConfigError(
+                f"--cuda-memory-fraction {args.cuda_memory_fraction:g} is no share of memory; give a number above 0, at most 1"
+            )
         if args.page_tokens < 1:
             raise ConfigError(f"--page-tokens {args.page_tokens} must be at least 1")
         death_fd = environ.get("KVRUN_DEATH_FD")
@@ -73,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--world-size", type=int, default=1)
     add("--rendezvous", type=Path, help="file at which the ranks meet; fresh for every start of the group")
     add("--model-id", default="", help="name to answer with; the folder when absent")
-    add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own")
+    add("--device", choices=DEVICES, default="auto", help="auto = the GPU of this rank's number where there is one, else the CPU")
+    add("--cuda-memory-fraction", type=float, default=1.0, help="of a GPU's memory that this rank may take")
+    add("--strict-kernels", action="store_true", help="refuse to start where plain PyTorch would serve an op")
+    add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own; on a GPU in 16 bits")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
     add("--activation-dtype", choices=("auto", "int8"), default="auto", help="what quantized linears multiply; int8 is faster, not exact")

@@ -16,10 +16,11 @@ from kvrun.errors import DeviceError
 class Group:
     """This process among the `world` processes that hold one model together."""
 
-    def __init__(self, rank: int = 0, world: int = 1, transport: Any = None) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, host: Any = None, device: Any = None) -> None:
         self.rank = rank
         self.world = world
-        self._transport = transport
+        self._host = host  # carries tensors of the host, in an order of additions that no batch changes
+        self._device = device  # carries those of GPUs, in the order that is fastest there; None = there are none
 
     @classmethod
     def single(cls) -> Group:
@@ -27,8 +28,10 @@ class Group:
         return cls()
 
     @classmethod
-    def join(cls, rendezvous: str | Path, rank: int, world: int, timeout_s: float = 120.0) -> Group:
+    def join(cls, rendezvous: str | Path, rank: int, world: int, place: torch.device | None = None, timeout_s: float = 120.0) -> Group:
         """Meet the other ranks at a file that all of them see and no earlier group has used.
+
+        `place`: where this rank's model lies, None = on the host. Tensors of GPUs travel by NCCL, those of the host by gloo.
 
         Raises DeviceError when a rank stays away longer than `timeout_s`. Any later collective raises RuntimeError at once
         when a rank has died, and after `timeout_s` when one does not take part.
@@ -45,7 +48,10 @@ class Group:
         try:
             store = FileStore(str(rendezvous), world)
             store.set_timeout(timeout)
-            return cls(rank, world, ProcessGroupGloo(PrefixStore("kvrun", store), rank, world, options))
+            host = ProcessGroupGloo(PrefixStore("kvrun", store), rank, world, options)
+            if place is None or place.type == "cpu":
+                return cls(rank, world, host)
+            return cls(rank, world, host, _nccl(PrefixStore("kvrun-nccl", store), rank, world, timeout))
         except RuntimeError as error:
             who = f"rank {rank} of {world} met fewer than {world} ranks at {rendezvous} within {timeout_s:g} s"
             raise DeviceError(f"{who}: {error}; start all ranks with the same fresh --rendezvous file") from error
@@ -53,13 +59,17 @@ class Group:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place, and return it.
 
-        Gathers and adds in rank order rather than by a ring, whose order of additions depends on where in the tensor a
-        row lies: a row's result must not depend on the rows beside it.
+        On the host it gathers and adds in rank order rather than by a ring, whose order of additions depends on where in
+        the tensor a row lies: a row's result must not depend on the rows beside it. On GPUs the library chooses.
         """
         if self.world == 1:
             return x
+        if not x.is_cpu:
+            x = x.contiguous()
+            self._device.allreduce([x]).wait()
+            return x
         parts = [torch.empty_like(x) for _ in range(self.world)]
-        self._transport.allgather([parts], [x.contiguous()]).wait()
+        self._host.allgather([parts], [x.contiguous()]).wait()
         torch.add(parts[0], parts[1], out=x)
         for part in parts[2:]:
             x += part
@@ -69,7 +79,7 @@ class Group:
         """Lay the ranks' [T, sizes[rank]] side by side on rank 0; None elsewhere."""
         if self.world == 1:
             return x
-        width = max(sizes)  # gloo gathers equal shapes
+        width = max(sizes)  # equal shapes are gathered
         mine = x.contiguous() if x.shape[1] == width else torch.nn.functional.pad(x, (0, width - x.shape[1]))
         parts = [torch.empty_like(mine) for _ in range(self.world)] if self.rank == 0 else []
         self._gather(mine, parts)
@@ -85,7 +95,7 @@ class Group:
             options = BroadcastOptions()
             options.rootRank = 0
             options.rootTensor = 0
-            self._transport.broadcast([x], options).wait()
+            self._carrier(x).broadcast([x], options).wait()
         return x
 
     def barrier(self) -> None:
@@ -97,4 +107,16 @@ class Group:
 
         options = GatherOptions()
         options.rootRank = 0
-        self._transport.gather([parts] if parts else [], [mine], options).wait()
+        self._carrier(mine).gather([parts] if parts else [], [mine], options).wait()
+
+    def _carrier(self, x: Tensor) -> Any:
+        return self._host if x.is_cpu else self._device
+
+
+def _nccl(store: Any, rank: int, world: int, timeout: timedelta) -> Any:
+    """NCCL between the GPUs that the ranks' threads compute on."""
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupNCCL(store, rank, world, options)

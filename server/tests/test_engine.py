@@ -6,8 +6,9 @@ import pytest
 import torch
 from adapters import likeliest
 from driver import PAGE_TOKENS, PAGES, SEQUENCES, STEP_TOKENS, Driver
+from kvrun.device import available_bytes
 from kvrun.engine import batch as batches
-from kvrun.engine.memory import MemoryBudget, available_bytes
+from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.errors import OutOfMemory, ProtocolError

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "spec": {"errors"},
     "models": {"spec"},
     "dist": {"errors"},
+    "device": {"errors"},
     "errors": set(),
     "gguf": {"errors"},
     "hub": {"errors", "config", "gguf"},
@@ -27,15 +28,18 @@ MAY_IMPORT = {
     "attention": {"spec", "state", "errors"},
     "lora": {"dist", "errors", "weights"},
     "vision": {"spec", "errors"},
-    "nn": {"spec", "models", "attention", "quant", "lora", "state", "vision", "weights", "dist", "errors"},
-    "engine": {"nn", "lora", "state", "dist", "errors"},
+    "nn": {"spec", "models", "attention", "quant", "lora", "state", "vision", "weights", "dist", "device", "errors"},
+    "engine": {"nn", "lora", "state", "dist", "device", "errors"},
     "rpc": {"engine", "errors"},
     "config": {"errors"},
-    "cli": {"rpc", "engine", "nn", "models", "spec", "config", "errors", "hub", "inspect", "dist", "quantize"},
+    "cli": {"rpc", "engine", "nn", "models", "spec", "config", "errors", "hub", "inspect", "dist", "device", "quantize"},
 }
 # Packages from outside that a room may not touch: text stays out of the shard's core, tensors out of its descriptions.
 NO_TORCH = {"spec", "models", "errors", "hub", "inspect", "config", "gguf"}
 TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "kvrun_kernels", "grpc", "google"}
+
+# Rooms that take tensors as they lie.
+DEVICELESS = {"nn", "models", "spec", "lora", "quant", "weights"}
 
 RUST_MAY_USE = {
     "kvrun-proto": set(),
@@ -128,6 +132,15 @@ def test_nothing_under_nn_names_a_model():
         }
         named = {name for name in families if any(name == text for text in code)}
         assert not named, f"{path.relative_to(ROOT)} names {sorted(named)}"
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if room(p) in DEVICELESS], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_computes_never_asks_on_which_device(path):
+    tree = ast.parse(path.read_text())
+    asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & {"is_cpu", "is_cuda", "cuda", "get_device"}
+    asked |= {".device.type" for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("device.type")}
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)} & {"cuda", "cuda:0"}
+    assert not asked | named, f"{path.relative_to(ROOT)} uses {sorted(asked | named)}; what a device decides is decided in device.py"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -243,7 +243,8 @@ def test_it_dies_with_its_parent_and_leaves_stacks_when_aborted(checkpoint, tmp_
         aborted.process.send_signal(signal.SIGABRT)
         _, said = aborted.process.communicate(timeout=20)
         assert aborted.process.returncode == -signal.SIGABRT and "Current thread" in said and "compute.py" in said
-        ready = json.loads(said.splitlines()[0])
+        where, ready = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+        assert where["target"] == "kvrun.device" and where["device"] == "cpu" and "rms_norm" in where["kernels"]
         assert (ready["level"], ready["message"], ready["target"]) == ("INFO", "ready", "kvrun")
     finally:
         orphan.end()

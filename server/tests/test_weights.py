@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvrun import models
 from kvrun.dist import Group
-from kvrun.errors import ConfigError, DeviceError, FilesError, Unsupported
+from kvrun.errors import ConfigError, FilesError, Unsupported
 from kvrun.nn.build import load_model
 from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.naming import probe
@@ -294,8 +294,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(copy):
         load_model(folder, quantize="awq")
     with pytest.raises(Unsupported, match="--dtype int3"):
         load_model(folder, dtype="int3")
-    with pytest.raises(DeviceError, match="device cuda was asked for"):
-        load_model(folder, device="cuda")
     edit_config(folder, quantization_config={"quant_method": "aqlm"})
     with pytest.raises(Unsupported, match="quantized with aqlm, which is not served: it stores additive codebooks"):
         load_model(folder)

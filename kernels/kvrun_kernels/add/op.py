@@ -6,7 +6,7 @@ from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
 
 SCHEMA = "add_(Tensor(a!) x, Tensor y, float scale=1.0) -> ()"
 
-_kernel = Kernel("add", "pp iiii f ii")
+_kernel = Kernel("add", "pp iiii f ii", elsewhere="torch")
 
 
 def reference(x: Tensor, y: Tensor, scale: float = 1.0) -> None:

@@ -22,8 +22,6 @@ pub struct Compat {
     #[arg(long, env, hide = true)]
     cuda_graphs: Option<String>,
     #[arg(long, env, hide = true)]
-    cuda_memory_fraction: Option<f32>,
-    #[arg(long, env, hide = true)]
     shard_uds_path: Option<String>,
     #[arg(long, env, hide = true)]
     master_addr: Option<String>,
@@ -97,11 +95,6 @@ impl Compat {
                 "kernels are chosen by what the processor has, and fall back by themselves",
             ),
             accepted(self.cuda_graphs.is_some(), "--cuda-graphs", "graph sizes are chosen by the shard"),
-            accepted(
-                self.cuda_memory_fraction.is_some_and(|fraction| fraction < 1.0),
-                "--cuda-memory-fraction",
-                "memory is bounded by --kv-cache-bytes and --adapter-bytes",
-            ),
             accepted(
                 self.shard_uds_path.is_some(),
                 "--shard-uds-path",

@@ -62,11 +62,15 @@ pub struct Model {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sharding")]
 pub struct Sharding {
-    /// Number of tensor-parallel model processes [default: 1]
+    /// What model processes compute on: `auto` takes GPUs where there are some, one for each process
+    #[arg(long, env = "KVRUN_DEVICE", value_enum, default_value = "auto")]
+    pub device: Device,
+
+    /// Number of tensor-parallel model processes [default: the GPUs that CUDA_VISIBLE_DEVICES leaves visible; 1 on the CPU]
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub num_shard: Option<u32>,
 
-    /// One process either way, because this version computes on the CPU; --num-shard starts more
+    /// `false`: one process, whatever number of GPUs there is
     #[arg(long, env)]
     pub sharded: Option<bool>,
 
@@ -78,10 +82,34 @@ pub struct Sharding {
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub kv_cache_bytes: Option<u64>,
 
+    /// Share of each GPU's memory that its model process may take
+    #[arg(long, env, default_value_t = 1.0, value_parser = share)]
+    pub cuda_memory_fraction: f32,
+
+    /// Refuse to start where an op would be served by plain PyTorch for want of a kernel
+    #[arg(long, env, value_parser = FalseyValueParser::new())]
+    pub strict_kernels: bool,
+
     /// Memory for adapters in each model process [default: those of --lora-ids; as much again, and 256MiB at least, where
     /// clients may load more]
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub adapter_bytes: Option<u64>,
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    let number = text.parse::<f32>().ok();
+    number
+        .filter(|share| *share > 0.0 && *share <= 1.0)
+        .ok_or_else(|| format!("`{text}` is no share; write a number above 0, at most 1"))
+}
+
+/// What model processes compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// GPUs where there are some, else the CPU.
+    Auto,
+    Cpu,
+    Cuda,
 }
 
 /// Number format of weights and activations.

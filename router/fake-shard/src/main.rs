@@ -42,6 +42,12 @@ struct RealArgs {
     #[arg(long, hide = true)]
     rendezvous: Option<String>,
     #[arg(long, hide = true)]
+    device: Option<String>,
+    #[arg(long, hide = true)]
+    cuda_memory_fraction: Option<String>,
+    #[arg(long, hide = true)]
+    strict_kernels: bool,
+    #[arg(long, hide = true)]
     dtype: Option<String>,
     #[arg(long, hide = true)]
     kv_cache_dtype: Option<String>,

@@ -7,11 +7,11 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
-import kvrun_kernels
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvrun.device import serving
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
@@ -50,7 +50,7 @@ class Engine:
         self.model = model
         self.page_tokens = page_tokens
         self.kv_dtype = stored_type(kv_dtype) if kv_dtype else model.dtype
-        self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed)
+        self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed, model.device.place)
         self._group = group
         self._budget = budget
         self._pool: Pool | None = None
@@ -92,13 +92,13 @@ class Engine:
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_dtype": stored_name(self.kv_dtype),
             "activation_dtype": model.activation_dtype,
-            "device": str(model.device),
+            "device": str(model.device.place),
             "vocabulary": model.vocabulary,
             "vocabulary_limit": model.vocabulary_limit,
             "positions": model.positions,
             "long_after": model.long_after,
             "end_tokens": list(model.end_tokens),
-            "kernels": kvrun_kernels.describe(),
+            "kernels": serving(model.device),
             "page_bytes": self.page_bytes,
             "page_tokens": self.page_tokens,
             "state_kinds": model.state_kinds,
@@ -278,7 +278,7 @@ def _reported(row: Row, sequence: Sequence, logits: Tensor) -> list[TokenLogprob
     for begin in range(0, len(logits), JUDGED_AT_ONCE):
         logprobs = torch.log_softmax(logits[begin : begin + JUDGED_AT_ONCE], dim=-1)
         first = row.start + 1 + begin
-        ids = torch.from_numpy(sequence.ids[first : first + len(logprobs)])
+        ids = torch.from_numpy(sequence.ids[first : first + len(logprobs)]).to(logits.device)
         picked = logprobs.gather(1, ids[:, None])[:, 0].tolist()
         tops = alternatives(logprobs, [sequence.sampling.top_logprobs] * len(picked))
         found += [TokenLogprob(token, logprob, top) for token, logprob, top in zip(ids.tolist(), picked, tops, strict=True)]

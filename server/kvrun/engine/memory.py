@@ -1,16 +1,15 @@
-"""How many pages and how many bytes of adapters this rank may have. Reads what the machine has left, decides by arithmetic."""
+"""How many pages and how many bytes of adapters this rank may have, by arithmetic over what its device has left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from kvrun.device import available_bytes
 from kvrun.errors import OutOfMemory
 
 # Shares of what is left after the weights, when nothing was asked for.
 PAGES_SHARE, ADAPTERS_SHARE = 0.5, 0.1
-CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-
 
 # Pages of a model that keeps nothing in them cost nothing; they only bound the tokens that a router plans for.
 FREE_PAGES = 1 << 20
@@ -18,18 +17,19 @@ FREE_PAGES = 1 << 20
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes for pages and slots and for adapters on this rank; 0 = a share of what is free, divided among the ranks of this machine."""
+    """Bytes for pages and slots and for adapters on this rank; 0 = a share of what is free, divided among the ranks that share it."""
 
     kv_cache_bytes: int = 0
     adapter_bytes: int = 0
     ranks: int = 1
+    free: Callable[[], int] = available_bytes  # bytes, where the model lies
 
     def pages(self, asked: int, page_bytes: int, useful: int, slots: int = 0, slot_bytes: int = 0) -> int:
         """Pages to grant beside `slots`: what was asked for, or what the budget holds but no more than could ever be in use.
 
         `useful` 0 = no such limit. Raises OutOfMemory when more is asked for than the budget holds, or it holds none.
         """
-        budget = self.kv_cache_bytes or int(available_bytes() * PAGES_SHARE / self.ranks)
+        budget = self.kv_cache_bytes or int(self.free() * PAGES_SHARE / self.ranks)
         if slots * slot_bytes > budget:
             cure = f"lower --max-batch-size to {budget // slot_bytes} or less, raise --kv-cache-bytes or free memory"
             raise OutOfMemory(f"the states of {slots} sequences, {slot_bytes} bytes each, do not fit {budget} bytes; {cure}")
@@ -43,18 +43,4 @@ class MemoryBudget:
 
     def adapters(self, asked: int) -> int:
         """Bytes that adapters may take: what was asked for, else the flag, else a share of what is free."""
-        return asked or self.adapter_bytes or int(available_bytes() * ADAPTERS_SHARE / self.ranks)
-
-
-def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take without swapping or meeting its container's limit."""
-    lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit_name, usage_name in CGROUP_LIMITS:
-        try:
-            limit, usage = (cgroup / limit_name).read_text().strip(), (cgroup / usage_name).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            free = min(free, max(int(limit) - int(usage), 0))
-    return free
+        return asked or self.adapter_bytes or int(self.free() * ADAPTERS_SHARE / self.ranks)

@@ -45,7 +45,8 @@ def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[TokenL
     ids = logits.argmax(dim=-1)
     drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
     # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
-    drawn = [row for row in drawn if not math.isnan(logprobs[row, 0])]
+    sound = (~logprobs[:, 0].isnan()).tolist() if drawn else []
+    drawn = [row for row in drawn if sound[row]]
     if drawn:
         mixed = len(drawn) < len(choices)
         ids[drawn] = draw(logits[drawn] if mixed else logits, [choices[row] for row in drawn])
@@ -79,33 +80,39 @@ def adjust(logits: Tensor, choices: Sequence[Choice]) -> None:
         if len(answer) < s.suppressed_until:
             suppressed.append((row, np.asarray(s.suppressed, np.int64), np.float32(-np.inf)))
     if repeated:
-        at, penalty = _scattered(repeated, limit)
+        at, penalty = _scattered(repeated, limit, logits.device)
         found = logits[at]
         logits[at] = torch.where(found < 0, found * penalty, found / penalty)
     for entries in (counted, biased, suppressed):
         if entries:
-            at, delta = _scattered(entries, limit)
+            at, delta = _scattered(entries, limit, logits.device)
             logits[at] = logits[at] + delta
 
 
-def _scattered(entries: list[tuple[int, np.ndarray, np.ndarray | np.float32]], limit: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _scattered(
+    entries: list[tuple[int, np.ndarray, np.ndarray | np.float32]], limit: int, place: torch.device
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Lay (row, ids, values) entries end to end as an index into the logits and the values there, without ids past the limit."""
     rows = np.concatenate([np.full(len(ids), row) for row, ids, _ in entries])
     ids = np.concatenate([ids for _, ids, _ in entries])
     values = np.concatenate([np.broadcast_to(values, len(ids)) for _, ids, values in entries])
     inside = ids < limit
-    return (torch.from_numpy(rows[inside]), torch.from_numpy(ids[inside])), torch.from_numpy(values[inside])
+    return (_on(rows[inside], place), _on(ids[inside], place)), _on(values[inside], place)
+
+
+def _on(numbers: np.ndarray, place: torch.device) -> Tensor:
+    return torch.from_numpy(numbers).to(place)
 
 
 def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Draw one id per row from its tempered and truncated distribution. logits [rows, vocabulary] -> [rows] int64"""
     settings = [choice.sampling for choice in choices]
-    temperatures = torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32)
+    temperatures = torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32, device=logits.device)
     probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
     seeds = np.array([s.seed for s in settings], dtype=np.uint64)
     positions = np.array([len(choice.ids) for choice in choices], dtype=np.uint64)
-    where = torch.from_numpy(uniforms(seeds, positions))
-    ids = torch.full((len(choices),), -1, dtype=torch.int64)
+    where = _on(uniforms(seeds, positions), logits.device)
+    ids = torch.full((len(choices),), -1, dtype=torch.int64, device=logits.device)
     cut = [row for row, s in enumerate(settings) if s.truncates]
     if cut:
         ids[cut] = _draw_near(probabilities[cut], [settings[row] for row in cut], where[cut])
@@ -140,8 +147,8 @@ def _candidates(probabilities: Tensor, s: Sampling) -> Tensor:
     if not s.top_k:  # top-p takes its share of what top-k left, which only the whole row can tell
         # Tokens below this share each hold, all together, less than what top-p cuts off. Half of it, for rounding.
         floor = max(0.5 * (1.0 - s.top_p) / len(probabilities), 0.5 * s.min_p * float(probabilities.max()))
-    kept = probabilities.numpy()
-    return torch.from_numpy(np.sort(kept[kept >= floor])[::-1].copy())
+    kept = probabilities.cpu().numpy()
+    return _on(np.sort(kept[kept >= floor])[::-1].copy(), probabilities.device)
 
 
 def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> tuple[Tensor, Tensor]:
@@ -152,13 +159,13 @@ def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> t
     left, scaled to sum to 1.
     """
     n = likeliest.shape[1]
-    low = torch.zeros(len(settings), dtype=likeliest.dtype)
+    low = likeliest.new_zeros(len(settings))
     high = likeliest[:, 0].clone()
     if any(s.top_k for s in settings):
-        last = torch.tensor([min(s.top_k or n, n) - 1 for s in settings])
-        low = torch.where(torch.tensor([s.top_k > 0 for s in settings]), likeliest.gather(1, last[:, None])[:, 0], low)
+        last = torch.tensor([min(s.top_k or n, n) - 1 for s in settings], device=low.device)
+        low = torch.where(torch.tensor([s.top_k > 0 for s in settings], device=low.device), likeliest.gather(1, last[:, None])[:, 0], low)
     if any(s.top_p < 1.0 for s in settings):
-        top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64)
+        top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=low.device)
         kept = torch.where(likeliest >= low[:, None], likeliest, 0).to(torch.float64)
         mass = kept.cumsum(dim=-1)
         total = torch.where(low > 0, mass[:, -1], 1.0)
@@ -167,7 +174,7 @@ def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> t
         least = likeliest.gather(1, last.clamp(min=0)[:, None])[:, 0]
         low = torch.where(top_p < 1.0, torch.maximum(low, least), low)
     if any(s.min_p > 0.0 for s in settings):
-        low = torch.maximum(low, torch.tensor([s.min_p for s in settings], dtype=likeliest.dtype) * likeliest[:, 0])
+        low = torch.maximum(low, likeliest.new_tensor([s.min_p for s in settings]) * likeliest[:, 0])
     if not whole:
         low[likeliest[:, -1] >= low] = torch.inf
     for row, s in enumerate(settings):
@@ -178,7 +185,7 @@ def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> t
 
 def _typical(likeliest: Tensor, low: Tensor, typical_p: float) -> tuple[float, float]:
     """The bounds of the tokens whose surprise is nearest the expected one, taken until they hold `typical_p` of the mass."""
-    kept = likeliest[(likeliest >= low) & (likeliest > 0)].numpy().astype(np.float64)
+    kept = likeliest[(likeliest >= low) & (likeliest > 0)].cpu().numpy().astype(np.float64)
     p = kept / kept.sum()
     surprise = -np.log(p)
     distance = np.abs(surprise - (p * surprise).sum())

@@ -24,6 +24,7 @@ from kvrun.lora.sites import EmbeddingSite, Site, Source
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 SHOWN = 10  # tensors in a message
+HOST = torch.device("cpu")
 Home = tuple[int, Source]  # a site and what of it a module feeds
 
 
@@ -57,8 +58,17 @@ def targets(linears: Iterable[Site], embedding: EmbeddingSite | None = None) -> 
     return sorted({_target(module) for module in modules})
 
 
-def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype, embedding: EmbeddingSite | None = None) -> Adapter:
-    """Read, check and cut an adapter for this rank's linears and the embedding. Raises AdapterError or AdapterNotFound."""
+def read_adapter(
+    folder: str | Path,
+    linears: Iterable[Site],
+    dtype: torch.dtype,
+    embedding: EmbeddingSite | None = None,
+    place: torch.device = HOST,
+) -> Adapter:
+    """Read, check and cut an adapter for this rank's linears and the embedding. Raises AdapterError or AdapterNotFound.
+
+    It is cut on the host, checked there, and then lies at `place`, where the model does.
+    """
     config_bytes, weight_bytes = _contents(Path(folder))
     digest = hashlib.sha256(config_bytes)
     digest.update(weight_bytes)
@@ -75,7 +85,7 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
                 homes.setdefault(name, []).append((linear.site, source))
         if copied:
             ends.leave_out_copies(tensors, linear, dtype)
-    changed_rows = None if embedding is None else ends.embedding_delta(tensors, embedding, config, dtype)
+    changed_rows = None if embedding is None else ends.embedding_delta(tensors, embedding, config, dtype, place)
     pairs = _pairs(tensors, homes)
     _check(pairs, homes, config)
 
@@ -88,7 +98,8 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
                 if source.alias is not None and source.alias.parameter == module:
                     one = parameters.of_one(held_a, scaled_b, source.alias, config.rank(module))
                 deltas.setdefault(site, []).append(_cut(*one, source, dtype))
-    held = [t for changed in deltas.values() for delta in changed for t in (delta.a, delta.bt)]
+    lying = _moved(deltas, place)
+    held = [t for changed in lying.values() for delta in changed for t in (delta.a, delta.bt)]
     if changed_rows is not None:
         held += [changed_rows.table, *(segment.bt for segment in changed_rows.update.segments)]
     # Checked as held: a narrower dtype may turn a finite weight into an infinite one.
@@ -96,8 +107,8 @@ def read_adapter(folder: str | Path, linears: Iterable[Site], dtype: torch.dtype
         raise AdapterError(f"not finite in {_name(dtype)}: {_listed(_unsound(tensors) or tensors)}; its training diverged")
     return Adapter(
         digest=digest.hexdigest(),
-        deltas={site: tuple(changed) for site, changed in deltas.items()},
-        updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in deltas.items()},
+        deltas=lying,
+        updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in lying.items()},
         # Many linears may share one A, whose bytes count once.
         bytes=sum({(store := t.untyped_storage()).data_ptr(): store.nbytes() for t in held}.values()),
         matched=matched,
@@ -193,6 +204,16 @@ def _cut(a: Tensor, b: Tensor, source: Source, dtype: torch.dtype) -> Delta:
         return Delta(inputs.T.to(dtype).contiguous(), a.index_select(1, source.rows), source.column)
     a = a if source.cols is None else a.index_select(1, source.cols)
     return Delta(a, b.index_select(0, source.rows).T.to(dtype).contiguous(), source.column)
+
+
+def _moved(deltas: Mapping[int, Sequence[Delta]], place: torch.device) -> dict[int, tuple[Delta, ...]]:
+    """The deltas with their matrices at `place`, one that many of them share as one still."""
+    there: dict[int, Tensor] = {}
+
+    def moved(t: Tensor) -> Tensor:
+        return there.setdefault(id(t), t if t.device == place else t.to(place))
+
+    return {site: tuple(Delta(moved(d.a), moved(d.bt), d.column) for d in changed) for site, changed in deltas.items()}
 
 
 def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:

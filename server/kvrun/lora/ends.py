@@ -54,8 +54,13 @@ def leave_out_copies(tensors: dict[str, Tensor], linear: Site, dtype: torch.dtyp
                 raise AdapterError(f"{name} is not the base model's; train with the base as it was published")
 
 
-def embedding_delta(tensors: dict[str, Tensor], site: EmbeddingSite, config: PeftConfig, dtype: torch.dtype) -> EmbeddingDelta | None:
-    """Take the embedding's A, B and base copy out of the tensors; None when the adapter does not change it. Raises AdapterError."""
+def embedding_delta(
+    tensors: dict[str, Tensor], site: EmbeddingSite, config: PeftConfig, dtype: torch.dtype, place: torch.device
+) -> EmbeddingDelta | None:
+    """Take the embedding's A, B and base copy out of the tensors; None when the adapter does not change it. Raises AdapterError.
+
+    It lies at `place`, as the embedding's rows do.
+    """
     found: dict[str, Tensor] = {}
     for name in list(tensors):
         match, copy = EMBEDDING.match(name), COPY.match(name)
@@ -64,7 +69,7 @@ def embedding_delta(tensors: dict[str, Tensor], site: EmbeddingSite, config: Pef
         elif copy is not None and copy["module"] == site.module:
             base, (first, end) = tensors.pop(name), site.held
             whole = base.shape == (site.vocabulary, site.width)
-            if not whole or not _equal(base[first:end], site.rows(torch.arange(end - first)), dtype):
+            if not whole or not _equal(base[first:end], site.rows(torch.arange(end - first, device=place)), dtype):
                 raise AdapterError(f"{name} is not the base model's; train with the base as it was published")
     if not found:
         return None
@@ -75,9 +80,9 @@ def embedding_delta(tensors: dict[str, Tensor], site: EmbeddingSite, config: Pef
         if tuple(found[side].shape) != shape or not found[side].is_floating_point():
             shown = f"{str(found[side].dtype).removeprefix('torch.')} {list(found[side].shape)}, not {list(shape)}"
             raise AdapterError(f"wrong shape: {site.module}.lora_embedding_{side} is {shown}; the adapter belongs to another model")
-    bt = (found["B"].float() * config.scale(site.module)).T.to(dtype).contiguous()
-    one = torch.eye(rank, dtype=dtype)
-    return EmbeddingDelta(found["A"].T.to(dtype).contiguous(), ops.LoraSegments([ops.Segment(0, 0, one, bt, 0)]))
+    bt = (found["B"].float() * config.scale(site.module)).T.to(place, dtype).contiguous()
+    one = torch.eye(rank, dtype=dtype, device=place)
+    return EmbeddingDelta(found["A"].T.to(place, dtype).contiguous(), ops.LoraSegments([ops.Segment(0, 0, one, bt, 0)]))
 
 
 def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

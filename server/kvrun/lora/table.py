@@ -12,7 +12,7 @@ from kvrun_kernels import ops
 from torch import Tensor
 
 from kvrun.errors import AdapterError, AdapterTooLarge, ProtocolError
-from kvrun.lora.adapter import Adapter, read_adapter
+from kvrun.lora.adapter import HOST, Adapter, read_adapter
 from kvrun.lora.sites import EmbeddingSite, Site
 
 
@@ -55,10 +55,14 @@ class LoraBatch:
 
         tokens [rows] int64: the token each row was made of, ascending within a group.
         """
-        bounds, owners = offsets.numpy(), tokens.numpy()
+        changed = {group: segments for group, site in enumerate(sites) if (segments := self._sites.get(site)) is not None}
+        if not changed:
+            return
+        # On a GPU this waits for what made them: only for linears that some adapter changes.
+        bounds, owners = offsets.cpu().numpy(), tokens.cpu().numpy()
         parts = []
         for group in np.flatnonzero(np.diff(bounds)).tolist():
-            segments = self._sites.get(sites[group])
+            segments = changed.get(group)
             if segments is None:
                 continue
             first, mine = int(bounds[group]), owners[bounds[group] : bounds[group + 1]]
@@ -81,10 +85,13 @@ class LoraBatch:
 class AdapterTable:
     """Adapters by the router's handles, within a budget of bytes. Loads run beside steps, on threads of their own."""
 
-    def __init__(self, linears: Iterable[Site], dtype: torch.dtype, embedding: EmbeddingSite | None = None) -> None:
+    def __init__(
+        self, linears: Iterable[Site], dtype: torch.dtype, embedding: EmbeddingSite | None = None, place: torch.device = HOST
+    ) -> None:
         self._linears = list(linears)
         self._embedding = embedding
         self._dtype = dtype
+        self._place = place  # where the model lies
         self._lock = threading.Lock()
         self._adapters: dict[int, Adapter] = {}
         self._budget = 0
@@ -108,7 +115,7 @@ class AdapterTable:
         with self._lock:
             adapters = self._adapters  # of this epoch: a reset meanwhile must not receive what was read for the last
         try:
-            adapter = read_adapter(path, self._linears, self._dtype, self._embedding)
+            adapter = read_adapter(path, self._linears, self._dtype, self._embedding, self._place)
         except AdapterError as error:
             raise type(error)(f"adapter {name}: {error}") from error
         with self._lock:

@@ -15,8 +15,9 @@ from torch.nn import functional
 import kvrun.nn.mixers  # noqa: F401  (registers the module of every kind of mixer)
 from kvrun import models
 from kvrun.attention.native import Native
+from kvrun.device import Cpu, Device
 from kvrun.dist import Group
-from kvrun.errors import DeviceError, Unsupported
+from kvrun.errors import Unsupported
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.encoder import Encoder
@@ -52,7 +53,7 @@ def load_model(
     folder: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: Device | None = None,
     group: Group | None = None,
     quantize: str | None = None,
     activation_dtype: str = "auto",
@@ -60,14 +61,12 @@ def load_model(
 ) -> LoadedModel:
     """Load this rank's share of the model in a folder.
 
-    `dtype` "auto" is the config's own, `activation_dtype` "auto" that of the model; "int8" rounds what quantized linears take.
-    `packed_cache` is a folder that keeps weights as the kernels read them, for the next start.
-    Raises ConfigError, FilesError, Unsupported or DeviceError before any weight is read
-    when something about the folder is wrong.
+    `device` None is the CPU · `dtype` "auto" is the config's own, or what suits the device better · `activation_dtype` "auto"
+    is that of the model, "int8" rounds what quantized linears take · `packed_cache` is a folder that keeps weights as the
+    kernels read them, for the next start.
+    Raises ConfigError, FilesError or Unsupported before any weight is read when something about the folder is wrong.
     """
-    if torch.device(device).type != "cpu":
-        raise DeviceError(f"device {device} was asked for, this version computes on cpu; use --device cpu")
-    group = group or Group.single()
+    device, group = device or Cpu(), group or Group.single()
     config, model = models.read(folder)
     stored = config.get("quantization_config") or config.get("compression_config")
     weights = choose(quantize, stored)
@@ -76,15 +75,17 @@ def load_model(
     plan = plan_model(model, Split(group.rank, group.world, weights.unit))
     loader.audit(plan, weights, model.leftovers)
     chosen = _dtype(dtype, config, checkpoint)
+    chosen = device.suited(chosen, model.magnitude) if dtype == "auto" else chosen
     _refuse_narrow(chosen, model)
     rounded = activation_dtype == "int8"
     if rounded and isinstance(weights, Dense):
         raise Unsupported(f"{ROUNDED}, and nothing is quantized; leave it out, or add --quantize int8 or int4")
     cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
     build = _Build(model, plan, loader, weights, chosen, group, rounded, cache)
-    decoder = build.decoder()
-    encoder = build.encoder(decoder.embed)
-    sight = build.sight()
+    with device.place:
+        decoder = build.decoder()
+        encoder = build.encoder(decoder.embed)
+        sight = build.sight()
     checkpoint.close()
     if rounded and not any(linear.weight.rounded for linear in build.linears):
         raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")

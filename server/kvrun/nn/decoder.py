@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvrun.attention.backend import AttentionBackend
@@ -35,8 +34,6 @@ class Decoder:
 
         Returns the wanted logits [S, vocabulary] float32 on rank 0, None elsewhere.
         """
-        for rotary in self.rotaries:
-            rotary.reach(int(batch.contexts.max()))
         step = self.step(batch, pool)
         x = self.embed(batch.ids, step)
         if batch.splice is not None:
@@ -50,6 +47,11 @@ class Decoder:
             x = found
         return self.head(x[batch.wanted], batch.wanted, batch.lora)
 
+    def reach(self, positions: int) -> None:
+        """Have rotary tables for sequences of so many tokens."""
+        for rotary in self.rotaries:
+            rotary.reach(positions)
+
     def step(self, batch: ForwardBatch, pool: Pool) -> ForwardStep:
         """What the layers are told of a batch."""
         rows, slots, recurrent = batch.recurrent, pool.slots, None
@@ -59,7 +61,7 @@ class Decoder:
 
     def remember(self, readers: Sequence[Reader], features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
         """Have mixers keep keys and values of what they will look at, in these slots of their layers' pages."""
-        none = torch.empty(0, dtype=torch.int32)
+        none = slots.new_empty(0)
         batch = ForwardBatch(none, none, none, none, none, slots, none, None)
         step = ForwardStep(none, self.attention.plan(batch, pool.kv), lora)
         for reader in readers:

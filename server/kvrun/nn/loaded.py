@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvrun.device import Device
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
@@ -40,7 +41,7 @@ class LoadedModel:
     positions: int  # longest sequence; 0 = no limit
     end_tokens: tuple[int, ...]
     dtype: torch.dtype
-    device: str
+    device: Device
     quantize: str  # the weights' format, "" for plain numbers
     weight_bytes: int  # of this rank
     parameters: int  # of the whole model
@@ -60,13 +61,13 @@ class LoadedModel:
     def pool(self, pages: int, page_tokens: int = 16, dtype: torch.dtype | None = None, sequences: int = 1) -> Pool:
         """Zeroed pages, and slots for so many sequences where the model needs some; `dtype` None is the model's own."""
         return Pool(
-            KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device),
-            Slots(self.slot_shapes, sequences if self.slot_shapes else 0, self.dtype, self.device),
+            KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device.place),
+            Slots(self.slot_shapes, sequences if self.slot_shapes else 0, self.dtype, self.device.place),
         )
 
     def recorded(self, pool: Pool) -> RecordedSteps:
         """Room for the recordings of steps over a pool."""
-        return RecordedSteps(self.decoder, pool, self.positions)
+        return RecordedSteps(self.decoder, pool, self.positions, self.device.place)
 
     @property
     def long_after(self) -> int:
@@ -86,17 +87,19 @@ class LoadedModel:
     def forward(self, batch: ForwardBatch, pool: Pool, recorded: RecordedSteps | None = None) -> Tensor | None:
         """Logits of the wanted tokens, [S, vocabulary] float32, on rank 0; None elsewhere. Every rank must call it alike.
 
-        `recorded`: what steps over this pool left to be made again.
+        The batch was made on the host, the logits lie where the model does. `recorded`: what steps over this pool left to
+        be made again.
         """
-        return self.decoder.forward(batch, pool, recorded)
+        self.decoder.reach(int(batch.contexts.max()))
+        return self.decoder.forward(self.device.take(batch), pool, recorded)
 
     @torch.inference_mode()
     def encode(self, batch: ForwardBatch, pool: Pool) -> None:
         """Read whole sources into the pages of their memories. Every rank must call it alike."""
         assert self.encoder is not None, "only a model with an encoder is given sources"
-        self.encoder.forward(batch, pool)
+        self.encoder.forward(self.device.take(batch), pool)
 
     @torch.inference_mode()
     def remember(self, features: Tensor, slots: Tensor, pool: Pool, lora: LinearDelta | None) -> None:
         """Keep what every mixer that looks at images will want of one: features [n, width] · slots [n] int32 of its memory."""
-        self.decoder.remember(self.readers, features, slots, pool, lora)
+        self.decoder.remember(self.readers, features, slots.to(features.device), pool, lora)

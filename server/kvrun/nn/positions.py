@@ -33,7 +33,7 @@ class RotaryTable:
         if positions <= self.rows:
             return
         self.rows = 1 << (positions - 1).bit_length()
-        steps = torch.arange(self.rows, dtype=torch.float32)[:, None]
+        steps = torch.arange(self.rows, dtype=torch.float32, device=self._rotations[0][0].device)[:, None]
         angles = [(steps * frequencies, scale) for frequencies, scale in self._rotations]
         self._cos = torch.cat([angle.cos() * scale for angle, scale in angles])
         self._sin = torch.cat([angle.sin() * scale for angle, scale in angles])

@@ -41,7 +41,7 @@ class Recorded:
 class RecordedSteps:
     """The recordings of one model over one pool. A step is recorded when one of its kind came before."""
 
-    def __init__(self, decoder: Decoder, pool: Pool, positions: int) -> None:
+    def __init__(self, decoder: Decoder, pool: Pool, positions: int, place: torch.device) -> None:
         self._decoder, self._pool = decoder, pool
         self._pages = min(-(-positions // pool.kv.page_tokens) or pool.kv.pages, pool.kv.pages)
         self._arena = Arena()
@@ -50,7 +50,7 @@ class RecordedSteps:
         self._adapted: WeakKeyDictionary[LinearDelta, dict[int, Recorded | None]] = WeakKeyDictionary()
         self._rows = 0  # of the rotary tables that recordings read
         # Whether steps without and with adapters can be replayed, as far as is known. Ranks meet in PyTorch.
-        self._whole = [can_replay() and decoder.embed.group.world == 1] * 2
+        self._whole = [can_replay(place) and decoder.embed.group.world == 1] * 2
 
     def layers(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
         """What the decoder's layers make of x [T, hidden], from a recording; None where there is none to go by."""
@@ -100,8 +100,8 @@ class RecordedSteps:
 
 
 def _alike(batch: ForwardBatch) -> bool:
-    """Whether every row is one token on the CPU and the batch has only what all such batches have."""
-    if len(batch.ids) != len(batch.contexts) or not batch.ids.is_cpu:
+    """Whether every row is one token and the batch has only what all such batches have."""
+    if len(batch.ids) != len(batch.contexts):
         return False
     return all(getattr(batch, field.name) is None for field in fields(batch) if field.name not in ALIKE)
 

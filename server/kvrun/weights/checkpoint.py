@@ -72,12 +72,15 @@ class Checkpoint:
 
     def read(self, name: str, spans: tuple[Runs, ...], out: Tensor) -> None:
         """Copy the product of `spans`, one list of ranges per dimension, into `out`, converting to its dtype."""
+        import torch
+
         entry = self.entries[name]
         try:
-            if entry.shape:
-                _copy(self._slices(name), spans, out, ())
-            else:  # a number alone has no slices
-                out.copy_(self._open(entry.file).get_tensor(name))
+            with torch.device("cpu"):  # where files are read, wherever `out` lies
+                if entry.shape:
+                    _copy(self._slices(name), spans, out, ())
+                else:  # a number alone has no slices
+                    out.copy_(self._open(entry.file).get_tensor(name))
         except FilesError:
             raise
         except Exception as error:  # the library's own error type is not exported by every version

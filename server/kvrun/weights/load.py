@@ -172,10 +172,10 @@ def whole(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def indices(runs: Runs) -> Tensor:
-    """The indices that ranges hold, in their order, int64."""
+    """The indices that ranges hold, in their order, int64 on the host: adapters are cut there."""
     import torch
 
-    return torch.cat([torch.arange(start, stop) for start, stop in merge(runs)] or [torch.empty(0, dtype=torch.int64)])
+    return torch.cat([torch.arange(*run, device="cpu") for run in merge(runs)] or [torch.empty(0, dtype=torch.int64, device="cpu")])
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -17,6 +17,7 @@ from kvrun.nn.step import ForwardStep
 from kvrun.quant import DenseLinear
 from kvrun.spec import LowRank
 from kvrun.spec import latent as spec
+from kvrun.weights.load import indices
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LatentAttention:
         q = self.query(x, lora).view(tokens, self.heads, -1)
         plain, rotated, key = q[..., : self.plain_dim], q[..., self.plain_dim :], made[:, None, self.latent_dim :]
         self.rotary.rotate(rotated, key, step.positions, step.long)
-        groups = Groups(torch.arange(self.heads + 1) * tokens, torch.arange(tokens).repeat(self.heads))
+        groups = Groups(torch.arange(self.heads + 1, device=x.device) * tokens, torch.arange(tokens, device=x.device).repeat(self.heads))
         asked = self.keys(plain.transpose(0, 1).reshape(self.heads * tokens, -1), groups, lora).view(self.heads, tokens, -1)
         query = torch.cat([asked.transpose(0, 1), rotated], -1)
         remembered = torch.cat([self.norm(made[:, : self.latent_dim]).unsqueeze(1), key], -1)
@@ -85,7 +86,7 @@ def _(mixer: spec.LatentAttention, parts: Parts) -> LatentAttention:
 
 def _taken_apart(mixer: spec.LatentAttention, up: Folded, heads: int, parts: Parts) -> tuple[GroupedLinear, GroupedLinear]:
     """Every head's key matrix, turned round, and its value matrix, as linears of their own that adapters find."""
-    keys, values, all_latents, source = [], [], torch.arange(mixer.latent_dim), up.source
+    keys, values, all_latents, source = [], [], indices(((0, mixer.latent_dim),)), up.source
     sizes = [mixer.plain_dim, mixer.value_dim] * heads
     weights, rows = up.weight.split(sizes), source.rows.split(sizes)
     for key, value, key_rows, value_rows in zip(weights[::2], weights[1::2], rows[::2], rows[1::2], strict=True):

@@ -26,7 +26,7 @@ class GroupNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, channels] -> a new [T, channels]"""
-        scaled = ops.rms_norm(x.view(-1, self.width), torch.ones(self.width, dtype=x.dtype), self.eps)
+        scaled = ops.rms_norm(x.view(-1, self.width), x.new_ones(self.width), self.eps)
         return scaled.view(x.shape) * self.weight
 
 
@@ -44,7 +44,7 @@ class DividedGroupNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, channels] -> a new [T, channels]"""
         wide = x.float()
-        squares = torch.zeros(len(x), self.groups)
+        squares = wide.new_zeros(len(x), self.groups)
         # A running sum adds in one order; torch's plain sum adds in another for another number of rows.
         squares[:, self.number] = wide.square().cumsum(dim=1)[:, -1]
         total = self.group.all_reduce(squares)[:, self.number : self.number + 1]

@@ -54,7 +54,7 @@ class FractionalPositions:
     def __call__(self, rows: int, columns: int) -> Tensor:
         """See Positions."""
         down, across = self._coordinates(rows), self._coordinates(columns)
-        return self.table[(down[:, None] * self.side + across).flatten()]
+        return self.table[(down[:, None] * self.side + across).flatten().to(self.table.device)]
 
     def _coordinates(self, count: int) -> Tensor:
         # Products and borders in single precision: where they meet exactly, rounding decides as it did in training.

@@ -1,0 +1,214 @@
+"""Where a shard computes: the host's processors or one GPU of it. Whatever a device decides is decided here; all others are handed one.
+
+Batches are made on the host. `take` brings one to where the model lies, in a single copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import kvrun_kernels
+import torch
+from torch import Tensor
+
+from kvrun.errors import DeviceError, Unsupported
+
+T = TypeVar("T")
+log = logging.getLogger("kvrun.device")
+
+CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+LINE = 16  # bytes, of the widest load: every tensor of a copy begins at a multiple of it
+BFLOAT16 = (8, 0)  # the first compute capability whose tensor cores multiply bfloat16
+
+
+class Device(Protocol):
+    """What the rest of a shard may ask of the place it computes at."""
+
+    @property
+    def place(self) -> torch.device:
+        """Where tensors of the model lie."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks of a group divide its memory among them."""
+
+    def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
+        """What to compute a model in whose checkpoint has this dtype and whose hidden states reach `magnitude`, if nobody said."""
+
+    def free_bytes(self) -> int:
+        """Bytes that this process may still take."""
+
+    def begin(self) -> None:
+        """Have this thread compute here. Call it before anything is."""
+
+    def take(self, made: T) -> T:
+        """A dataclass whose tensors were made on the host, and those of its dataclasses, with all of them on this device."""
+
+    def describe(self) -> str:
+        """Its name and its memory, for people."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The host's processors, which read a batch where it was made."""
+
+    place = torch.device("cpu")
+    shared = True
+
+    def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
+        """The checkpoint's own."""
+        return dtype
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        return available_bytes()
+
+    def begin(self) -> None:
+        """Nothing: every thread does."""
+
+    def take(self, made: T) -> T:
+        """The same."""
+        return made
+
+    def describe(self) -> str:
+        """See Device."""
+        return f"the CPU, {kvrun_kernels.get_num_threads()} threads, {self.free_bytes() / 2**30:.1f} GiB free"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """One GPU, by its number among those that this process sees."""
+
+    index: int
+    fraction: float = 1.0  # of its memory that this process may take
+    shared = False
+
+    @property
+    def place(self) -> torch.device:
+        """See Device."""
+        return torch.device("cuda", self.index)
+
+    def begin(self) -> None:
+        """Have this thread compute here, and the process within the fraction."""
+        torch.cuda.set_device(self.index)
+        torch.cuda.set_per_process_memory_fraction(self.fraction, self.index)
+
+    def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
+        """A type of 16 bits that its tensor cores multiply, and that the model's hidden states fit into."""
+        if dtype == torch.float16:
+            return dtype
+        if torch.cuda.get_device_capability(self.index) >= BFLOAT16:
+            return torch.bfloat16
+        return torch.float16 if magnitude <= torch.finfo(torch.float16).max else torch.float32
+
+    def free_bytes(self) -> int:
+        """What the device has left, and what this process keeps for itself without using it, within its fraction."""
+        free, total = torch.cuda.mem_get_info(self.index)
+        held = torch.cuda.memory_reserved(self.index)
+        return max(0, min(free + held, int(total * self.fraction)) - torch.cuda.memory_allocated(self.index))
+
+    def take(self, made: T) -> T:
+        """See Device. The host does not wait for the copy; nothing may write to what was given until the step is done."""
+        here = [tensor for tensor in _tensors(made) if tensor.is_cpu]
+        return _replaced(made, iter(self._moved(here)))
+
+    def describe(self) -> str:
+        """See Device."""
+        major, minor = torch.cuda.get_device_capability(self.index)
+        name = torch.cuda.get_device_name(self.index)
+        return f"{self.place}, {name}, compute capability {major}.{minor}, {self.free_bytes() / 2**30:.1f} GiB free"
+
+    def _moved(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        ends, size = [], 0
+        for tensor in tensors:
+            size += -(-tensor.nbytes // LINE) * LINE
+            ends.append(size)
+        # Pinned blocks come from PyTorch's cache of them, which gives a block again only when the copy out of it is done.
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for tensor, place in zip(tensors, _places(staged, tensors, ends), strict=True):
+            place.copy_(tensor)
+        return _places(staged.to(self.place, non_blocking=True), tensors, ends)
+
+
+def choose(asked: str, rank: int, fraction: float = 1.0) -> Cpu | Cuda:
+    """The device of a rank: "cpu", "cuda" for the GPU of its number, "auto" for a GPU where there is one. Raises DeviceError."""
+    found = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and not found):
+        return Cpu()
+    if rank >= found:
+        why = "sees no GPU that PyTorch can use" if not found else f"sees {found}, numbered from 0"
+        cure = "check the driver and CUDA_VISIBLE_DEVICES, lower --num-shard, or use --device cpu"
+        raise DeviceError(f"rank {rank} was to compute on cuda:{rank}, and this process {why}; {cure}")
+    return Cuda(rank, fraction)
+
+
+def serving(device: Device, strict: bool = False) -> dict[str, str]:
+    """What serves each op on a device. `strict`: raises DeviceError where that is an op's plain reference."""
+    kernels = kvrun_kernels.describe(device.place.type)
+    slow = [op for op, server in kernels.items() if server == "reference"]
+    if strict and slow:
+        cure = "build native.so" if device.place.type == "cpu" else "install triton"
+        raise DeviceError(f"--strict-kernels: on {device.place}, {', '.join(slow)} would be left to plain PyTorch; {cure} or leave it out")
+    return kernels
+
+
+def announce(device: Device, kernels: Mapping[str, str]) -> None:
+    """Say in the log where this rank computes, and what serves which op."""
+    by_server: dict[str, list[str]] = {}
+    for op, server in kernels.items():
+        by_server.setdefault(server, []).append(op)
+    served = "; ".join(f"{server}: {', '.join(ops)}" for server, ops in sorted(by_server.items()))
+    log.info("computes on %s", device.describe(), extra={"fields": {"device": str(device.place), "kernels": served}})
+
+
+def refuse_for_cpus(device: Device, asked: dict[str, bool]) -> None:
+    """Raises Unsupported for what was asked of a GPU and only CPUs do, by its flag."""
+    named = [flag for flag, is_set in asked.items() if is_set]
+    if named and not isinstance(device, Cpu):
+        raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only the kernels for CPUs do that; leave it out")
+
+
+def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory that this process may still take without swapping or meeting its container's limit."""
+    lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit_name, usage_name in CGROUP_LIMITS:
+        try:
+            limit, usage = (cgroup / limit_name).read_text().strip(), (cgroup / usage_name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            free = min(free, max(int(limit) - int(usage), 0))
+    return free
+
+
+def _tensors(made: Any) -> Iterator[Tensor]:
+    """The tensors of a dataclass and of the dataclasses in it, in the order of the fields."""
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
+
+
+def _replaced(made: T, moved: Iterator[Tensor]) -> T:
+    """The same dataclass with the next of `moved` for every tensor of the host."""
+    changed: dict[str, Any] = {}
+    for field in fields(made):  # type: ignore[arg-type]
+        value = getattr(made, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = next(moved) if value.is_cpu else value
+        elif is_dataclass(value):
+            changed[field.name] = _replaced(value, moved)
+    return replace(made, **changed)  # type: ignore[type-var]
+
+
+def _places(block: Tensor, tensors: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+    """Views of a block of bytes, one after another, of the dtypes and shapes of `tensors`."""
+    starts = (0, *ends)
+    return [block[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors)]

@@ -1,0 +1,227 @@
+"""Where a shard computes: what a GPU decides, and that every architecture runs on one without a tensor left on the host.
+
+There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter for its processors.
+"""
+
+from dataclasses import dataclass
+from threading import local
+
+import driver
+import kvrun_kernels
+import pytest
+import torch
+from driver import Driver
+from elsewhere import GIB, LAUNCHES, Elsewhere, Mixed, computing, gpus, settle
+from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, serving
+from kvrun.dist import Group
+from kvrun.engine.sampling import Sampling
+from kvrun.errors import DeviceError, Unsupported
+from kvrun.nn.build import load_model
+from kvrun_kernels import ops
+from ragged import Runner
+from test_parity import prompts
+from tiny import CLOSE, ROWS, distance, oracle
+
+PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 30)]
+WIDEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Pair:
+    one: torch.Tensor
+    none: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    ids: torch.Tensor
+    flags: torch.Tensor
+    pair: Pair | None
+    count: int = 3
+
+
+@pytest.fixture
+def gpu():
+    """One GPU that is not there, for this thread."""
+    with gpus(), computing():
+        yield Cuda(0)
+
+
+@pytest.mark.parametrize(("asked", "count", "rank", "found"), [
+    ("auto", 0, 0, Cpu()), ("auto", 0, 3, Cpu()), ("cpu", 4, 1, Cpu()), ("auto", 2, 1, Cuda(1, 0.5)), ("cuda", 1, 0, Cuda(0, 0.5)),
+])  # fmt: skip
+def test_a_rank_computes_on_the_gpu_of_its_number_where_there_is_one(asked, count, rank, found):
+    with gpus(count):
+        assert choose(asked, rank, 0.5) == found
+
+
+@pytest.mark.parametrize(("asked", "count", "rank", "why"), [
+    ("cuda", 0, 0, "sees no GPU that PyTorch can use"), ("auto", 2, 2, "sees 2, numbered from 0"), ("cuda", 1, 5, "sees 1,"),
+])  # fmt: skip
+def test_a_rank_without_a_gpu_of_its_own_is_refused(asked, count, rank, why):
+    with gpus(count), pytest.raises(DeviceError, match=rf"rank {rank} was to compute on cuda:{rank}, and .* {why}.*--num-shard") as error:
+        choose(asked, rank)
+    assert error.value.exit_code == 14
+
+
+@pytest.mark.parametrize(("stored", "capability", "magnitude", "suited"), [
+    (torch.float32, (8, 0), 0, torch.bfloat16), (torch.bfloat16, (9, 0), 0, torch.bfloat16), (torch.float16, (9, 0), 0, torch.float16),
+    (torch.bfloat16, (7, 5), 0, torch.float16), (torch.float32, (7, 5), 1e4, torch.float16), (torch.bfloat16, (7, 5), 1e5, torch.float32),
+])  # fmt: skip
+def test_what_nobody_said_is_computed_in_16_bits_that_the_gpu_multiplies(stored, capability, magnitude, suited):
+    with gpus(capability=capability):
+        assert Cuda(0).suited(stored, magnitude) == suited
+    assert Cpu().suited(stored, magnitude) == stored
+
+
+def test_free_memory_is_what_is_left_of_the_share():
+    with gpus(free=20 * GIB, total=24 * GIB):
+        assert [Cuda(0, fraction).free_bytes() for fraction in (1.0, 0.5)] == [20 * GIB, 12 * GIB]
+
+
+def test_a_batch_is_carried_in_one_copy(gpu, monkeypatch):
+    staged = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: staged.append(how) or empty(*size, **how))
+    there = torch.arange(3).to(gpu.place)
+    made = Step(torch.arange(7), torch.tensor([True, False, True]), Pair(there, None))
+    taken = gpu.take(made)
+    assert staged == [{"dtype": torch.uint8, "pin_memory": True}]
+    assert taken.pair.one is there and taken.pair.none is None and taken.count == 3
+    for name in ("ids", "flags"):
+        was, now = getattr(made, name), getattr(taken, name)
+        assert isinstance(now, Elsewhere) and now.dtype == was.dtype and now.tolist() == was.tolist()
+    assert Cpu().take(made) is made
+
+
+def test_every_op_has_a_kernel_on_a_gpu():
+    assert "reference" not in serving(Cuda(0), strict=True).values()
+
+
+def test_strict_kernels_name_the_ops_that_plain_pytorch_would_serve():
+    kvrun_kernels.use("reference")
+    try:
+        for device in (Cpu(), Cuda(1)):
+            with pytest.raises(DeviceError, match=rf"--strict-kernels: on {device.place}, .*rope.* would be left to plain PyTorch"):
+                serving(device, strict=True)
+    finally:
+        kvrun_kernels.use("native")
+
+
+def test_what_only_cpus_do_is_refused_on_a_gpu_by_its_flag():
+    asked = {"--activation-dtype": True, "--packed-cache": False}
+    refuse_for_cpus(Cpu(), asked)
+    with pytest.raises(Unsupported, match=r"^--activation-dtype was asked for on cuda:0"):
+        refuse_for_cpus(Cuda(0), asked)
+
+
+def test_the_stand_in_stops_what_a_gpu_would_stop(gpu):
+    there = torch.ones(2, 3, device=gpu.place)
+    with pytest.raises(Mixed, match=r"aten\.add"):
+        there + torch.ones(2, 3)
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    heads, angles = torch.ones(1, 2, 8, device=gpu.place), torch.ones(4, 4, device=gpu.place)
+    with pytest.raises(Mixed, match="_rotate was given the host's tensors"):
+        ops.rope_(heads, heads, torch.zeros(1, dtype=torch.int32), angles, angles)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_on_a_gpu_equal_transformers(row, gpu, checkpoint, monkeypatch):
+    monkeypatch.setattr("ragged.load_model", lambda folder, **more: load_model(folder, device=gpu, **more))
+    asked, runner = prompts(lengths=(1, 2, 7, 19)), Runner()
+    runner.load(checkpoint(row))
+    logits = runner.step(list(enumerate(asked)))
+    assert isinstance(logits, Elsewhere) and LAUNCHES
+    assert distance(logits.held, torch.cat(oracle(checkpoint(row), asked))) < CLOSE
+
+
+@pytest.fixture
+def on_gpus(checkpoint, tmp_path, monkeypatch):
+    """(row, world) -> the engines of that many ranks, each on a GPU that is not there."""
+    threads = local()
+
+    def load(folder, *, group, **more):
+        if not hasattr(threads, "device"):  # the threads are the engines' own and end with them
+            threads.device = settle()
+        group._device = group._host and Wire(group._host)
+        return load_model(folder, device=Cuda(group.rank), group=group, **more)
+
+    monkeypatch.setattr(driver, "load_model", load)
+    with gpus(2):
+        yield lambda row, world=1: driver.Ranks(checkpoint(row), world, tmp_path / "rendezvous")
+
+
+class Wire:
+    """Collectives between GPUs that are not there, over the host's."""
+
+    def __init__(self, host):
+        self._host, self.calls = host, []
+
+    def _call(self, name, *given):
+        held = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.held, given)
+        self.calls.append(name)
+        return getattr(self._host, name)(*held)
+
+    def allreduce(self, tensors):
+        return self._call("allreduce", tensors)
+
+    def gather(self, *given):
+        return self._call("gather", *given)
+
+
+WAYS = {
+    "greedy": Sampling(top_logprobs=2, prompt_logprobs=True),
+    "drawn": Sampling(temperature=0.9, seed=5, top_k=40, top_p=0.9, min_p=0.01, typical_p=0.95),
+    "wide": Sampling(temperature=1.3, seed=6, top_p=0.999),
+    "adjusted": Sampling(repetition_penalty=1.2, frequency_penalty=0.3, logit_bias={7: 4.0}, suppressed=(2,), suppressed_until=4),
+}
+
+
+def answers(ranks, way: Sampling, adapter=None) -> Driver:
+    ranks.reserve(adapter_bytes=1 << 24)
+    if adapter is not None:
+        ranks.load(3, adapter)
+    driver = Driver(ranks.step)
+    for index, prompt in enumerate(PROMPTS):
+        driver.add(index, prompt, 6, way, adapter=3 * (index % 2) if adapter is not None else 0)
+    driver.run(chunk=16)
+    return driver
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_engine_on_a_gpu_answers_as_one_on_the_host(way, engines, on_gpus):
+    expected = answers(engines("llama"), WAYS[way])
+    found = answers(on_gpus("llama"), WAYS[way])
+    assert found.answers == expected.answers and not found.errors
+    assert "_attend" in LAUNCHES
+    for index in expected.prompts:
+        for ours, theirs in zip(found.prompts[index], expected.prompts[index], strict=True):
+            assert ours.id == theirs.id and ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rank64", "patterns"])
+def test_adapters_lie_and_answer_on_a_gpu(name, engines, on_gpus, adapter):
+    expected = answers(engines("llama"), WAYS["greedy"], adapter(name))
+    ranks = on_gpus("llama")
+    assert answers(ranks, WAYS["greedy"], adapter(name)).answers == expected.answers
+    held = ranks.engines[0].adapters.get(3)
+    assert all(isinstance(t, Elsewhere) for deltas in held.deltas.values() for delta in deltas for t in (delta.a, delta.bt))
+    assert held.bytes == engines("llama").load(3, adapter(name)).bytes
+    assert {"_shrink", "_expand"} <= set(LAUNCHES)
+
+
+def test_ranks_on_gpus_add_up_by_their_own_collectives(engines, on_gpus):
+    expected, ranks = answers(engines("llama"), WAYS["greedy"]), on_gpus("llama", 2)
+    assert answers(ranks, WAYS["greedy"]).answers == expected.answers
+    assert {"allreduce", "gather"} <= set(ranks.engines[0]._group._device.calls)
+
+
+def test_a_group_of_one_needs_no_collectives_on_a_gpu(gpu):
+    x = torch.ones(2, 3, device=gpu.place)
+    assert Group.single().all_reduce(x) is x
+
+
+def test_the_shard_says_where_it_computes_and_by_what(on_gpus):
+    said = on_gpus("llama").engines[0].describe()
+    assert said["device"] == "cuda:0" and said["kernels"]["paged_attention"] == "triton" and said["kernels"]["linear"] == "torch"
