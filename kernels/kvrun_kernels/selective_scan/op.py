@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.dispatch import DTYPES, Kernel
+from kvrun_kernels.recurrent import in_order, native_reads
 
 SCHEMA = (
     "selective_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor d, Tensor dt_bias, Tensor query_start, "
@@ -74,12 +75,10 @@ def selective_scan(
             f"{list(state.shape)} in {state.dtype} and {list(x.shape)}; cut them alike"
         )
     tables, run = (a, d, dt_bias, state), _kernel.run
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tables) and fresh.dtype == torch.bool
+    plain = in_order(tables, fresh)
     if plain and (gpu := _kernel.triton(x, dt, b, c, z, *tables)):
         return gpu.selective_scan(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z)
-    native = plain and on_cpu(x, dt, b, c, z, *tables) and b.dtype == c.dtype and (z is None or z.dtype == x.dtype)
-    native = native and query_start.dtype == slots.dtype == torch.int32
-    if run is None or not native:
+    if run is None or not plain or not native_reads(x, dt, b, c, z, tables, query_start, slots):
         return reference(x, dt, a, b, c, d, dt_bias, query_start, slots, fresh, state, z)
     out = torch.empty(x.shape, dtype=x.dtype)
     run(

@@ -6,6 +6,7 @@ import torch
 from kvrun_kernels import ops
 from kvrun_kernels.ops import LoraSegments, LoraTable, Segment
 from kvrun_kernels.sgmv.op import reference
+from kvrun_kernels.sgmv.test_sgmv import check_strides_and_mixed_dtypes
 
 RANKS = (1, 3, 8, 16, 40, 64)
 
@@ -71,12 +72,7 @@ def test_rows_and_columns_outside_every_segment_stay_untouched(device, dtype):
 
 
 def test_strides_and_adapters_of_another_dtype(device, close):
-    y, x = torch.randn(5, 64).to(torch.bfloat16)[:, :50], torch.randn(5, 40)[:, :33].to(torch.bfloat16)
-    segments = LoraSegments([Segment(1, 4, torch.randn(7, 33), torch.randn(7, 20), 30)])
-    expected = y.clone()
-    reference(expected, x, segments)
-    ops.lora(y, x, segments)
-    close(y.contiguous(), expected.contiguous(), factor=2)
+    check_strides_and_mixed_dtypes(close)
 
 
 def test_joined_parts_say_the_same_as_segments_written_out(device, close):
