@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-INTEGER = 32
+INTEGER, BYTE = 32, 8
 
 
 def period(bits: int) -> tuple[int, int]:
@@ -18,6 +18,8 @@ def period(bits: int) -> tuple[int, int]:
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """int32 packed along a dimension -> uint8, that dimension longer. A field may straddle two integers."""
+    if dim == packed.dim() - 1 and BYTE % bits == 0:
+        return _of_bytes(packed.contiguous().view(torch.uint8), bits)
     fields, integers = period(bits)
     words = packed.movedim(dim, 0)
     words = words.reshape(-1, integers, *words.shape[1:])
@@ -31,6 +33,13 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
             found = found & ((1 << left) - 1) | words[:, word + 1] << left
         out[:, field] = found & mask
     return out.flatten(0, 1).movedim(0, dim).contiguous()
+
+
+def _of_bytes(packed: Tensor, bits: int) -> Tensor:
+    if bits == BYTE:
+        return packed
+    mask = (1 << bits) - 1
+    return torch.stack([packed >> low & mask for low in range(0, BYTE, bits)], dim=-1).flatten(-2)
 
 
 def pack_rows(fields: Tensor, bits: int) -> Tensor:

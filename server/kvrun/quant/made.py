@@ -56,7 +56,8 @@ def per_output(weight: Tensor, levels: int) -> Codes:
 def int4(weight: Tensor, group: int = GROUP) -> Codes:
     """Integers from -8 to 7 with a float16 scale for each group: its largest number is exactly -8 steps."""
     blocks = _blocks(weight, group)
-    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    most, least = blocks.amax(2, keepdim=True), blocks.amin(2, keepdim=True)
+    largest = torch.where(most > -least, most, least)
     scale = (largest / -8).half()
     step = torch.where(scale == 0, 1, scale).float()
     codes = (blocks / step).round().clamp(-8, 7).add(8).to(torch.uint8)
