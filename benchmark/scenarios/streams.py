@@ -69,7 +69,7 @@ ALL = [
     ),
     Scenario(
         "decode-int4",
-        "The same, weights of 4 bits in groups of 32: kv.run's int4, llama.cpp's Q4_0, whose head has 6 bits where kv.run's has 16.",
+        "The same, weights of 4 bits in groups of 32: kv.run's int4, llama.cpp's Q4_0, whose head has 6 bits where kv.run's has 8.",
         decode("int4"),
         (Claim("tokens/s", 2.0, "1 stream"), Share("share of the read rate", 0.80)),
     ),
