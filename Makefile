@@ -11,7 +11,7 @@ PORT ?= 3000
 STAMPS := build/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-rust test-python check fmt docs install wheel bench bench-kernels tools native clean
+.PHONY: help run ui test test-rust test-python check fmt docs install wheel gpu-check bench bench-kernels tools native clean
 
 help: ## What each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ wheel: install $(STAMPS)/test ## Wheels for `pip install`, in dist/
 
 docs: $(STAMPS)/test ## Renew the support table in the README
 	PYTHONPATH=server:server/tests $(BIN)/python server/tests/support_table.py
+
+gpu-check: install $(STAMPS)/test ## All parity tests on this machine's GPU, then its kernels' speed; ends with 14 where there is none
+	@PYTHONPATH=server $(BIN)/python server/tests/gpu_check.py
 
 bench: install $(STAMPS)/test ## Speed beside this machine's limits and its other servers (LLAMA_CPP=folder VLLM=program ARGS=...)
 	$(BIN)/python benchmark/bench.py $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM)) $(ARGS)

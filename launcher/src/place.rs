@@ -37,7 +37,7 @@ impl Place {
             return Err(Failure::new(
                 Code::Device,
                 format!(
-                    "{asked} model processes need a GPU each, and {} are visible; lower --num-shard, name more of them in \
+                    "a GPU for each model process makes {asked}, and {} are visible; lower --num-shard, name more of them in \
                      CUDA_VISIBLE_DEVICES, or pass --device cpu",
                     gpus.len()
                 ),

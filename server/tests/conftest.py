@@ -4,8 +4,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Read when Triton is imported: interpreted, for a device that is not there.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +15,16 @@ from driver import Ranks
 from ragged import WORLDS, ranks
 from tiny import write_checkpoint
 
+# Read when Triton is imported, so it is settled here, before any test: compiled where there is a GPU, else interpreted for one that is not.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tiny tensors gain nothing from more threads, and lose much when the machine is busy.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: on a CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,21 @@
 """Where a shard computes: what a GPU decides, and that every architecture runs on one without a tensor left on the host.
 
-There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter for its processors.
+There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter for its processors. Where there is one,
+`pytest -m gpu` runs the same tests on it.
 """
 
+import os
 from dataclasses import dataclass
+from subprocess import CompletedProcess
 from threading import local
 
 import driver
+import gpu_check
 import kvrun_kernels
 import pytest
 import torch
 from driver import Driver
-from elsewhere import GIB, LAUNCHES, Elsewhere, Mixed, computing, gpus, settle
+from elsewhere import GIB, LAUNCHES, Mixed, computing, gpus, settle
 from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, serving
 from kvrun.dist import Group
 from kvrun.engine.sampling import Sampling
@@ -22,6 +26,7 @@ from ragged import Runner
 from test_parity import prompts
 from tiny import CLOSE, ROWS, distance, oracle
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py decides
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 30)]
 WIDEST = torch.finfo(torch.float32).max
 
@@ -40,11 +45,22 @@ class Step:
     count: int = 3
 
 
-@pytest.fixture
-def gpu():
-    """One GPU that is not there, for this thread."""
+@pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
+def gpu(request):
+    """One GPU, or one that is not there, for this thread."""
+    _settle_on(request.param)
+    if request.param == "cuda":
+        yield Cuda(0)
+        return
     with gpus(), computing():
         yield Cuda(0)
+
+
+def _settle_on(kind: str) -> None:
+    if kind == "cuda" and (INTERPRETING or not torch.cuda.is_available()):
+        pytest.skip("a CUDA device and Triton's compiler (TRITON_INTERPRET unset): not here")
+    if kind == "stand-in" and not INTERPRETING:
+        pytest.skip("Triton's interpreter: not on, set TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize(("asked", "count", "rank", "found"), [
@@ -90,7 +106,7 @@ def test_a_batch_is_carried_in_one_copy(gpu, monkeypatch):
     assert taken.pair.one is there and taken.pair.none is None and taken.count == 3
     for name in ("ids", "flags"):
         was, now = getattr(made, name), getattr(taken, name)
-        assert isinstance(now, Elsewhere) and now.dtype == was.dtype and now.tolist() == was.tolist()
+        assert now.device == gpu.place and now.dtype == was.dtype and now.tolist() == was.tolist()
     assert Cpu().take(made) is made
 
 
@@ -115,6 +131,7 @@ def test_what_only_cpus_do_is_refused_on_a_gpu_by_its_flag():
         refuse_for_cpus(Cuda(0), asked)
 
 
+@pytest.mark.parametrize("gpu", ["stand-in"], indirect=True)
 def test_the_stand_in_stops_what_a_gpu_would_stop(gpu):
     there = torch.ones(2, 3, device=gpu.place)
     with pytest.raises(Mixed, match=r"aten\.add"):
@@ -132,13 +149,18 @@ def test_logits_on_a_gpu_equal_transformers(row, gpu, checkpoint, monkeypatch):
     asked, runner = prompts(lengths=(1, 2, 7, 19)), Runner()
     runner.load(checkpoint(row))
     logits = runner.step(list(enumerate(asked)))
-    assert isinstance(logits, Elsewhere) and LAUNCHES
-    assert distance(logits.held, torch.cat(oracle(checkpoint(row), asked))) < CLOSE
+    assert logits.device == gpu.place and (LAUNCHES or not INTERPRETING)
+    assert distance(logits.cpu(), torch.cat(oracle(checkpoint(row), asked))) < CLOSE
 
 
-@pytest.fixture
-def on_gpus(checkpoint, tmp_path, monkeypatch):
-    """(row, world) -> the engines of that many ranks, each on a GPU that is not there."""
+@pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
+def on_gpus(request, checkpoint, tmp_path, monkeypatch):
+    """(row, world) -> the engines of that many ranks, each on a GPU, or on one that is not there."""
+    _settle_on(request.param)
+    if request.param == "cuda":
+        monkeypatch.setattr(driver, "load_model", lambda folder, **more: load_model(folder, device=Cuda(0), **more))
+        yield lambda row: driver.Ranks(checkpoint(row))
+        return
     threads = local()
 
     def load(folder, *, group, **more):
@@ -194,7 +216,7 @@ def test_an_engine_on_a_gpu_answers_as_one_on_the_host(way, engines, on_gpus):
     expected = answers(engines("llama"), WAYS[way])
     found = answers(on_gpus("llama"), WAYS[way])
     assert found.answers == expected.answers and not found.errors
-    assert "_attend" in LAUNCHES
+    assert "_attend" in LAUNCHES or not INTERPRETING
     for index in expected.prompts:
         for ours, theirs in zip(found.prompts[index], expected.prompts[index], strict=True):
             assert ours.id == theirs.id and ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
@@ -206,11 +228,12 @@ def test_adapters_lie_and_answer_on_a_gpu(name, engines, on_gpus, adapter):
     ranks = on_gpus("llama")
     assert answers(ranks, WAYS["greedy"], adapter(name)).answers == expected.answers
     held = ranks.engines[0].adapters.get(3)
-    assert all(isinstance(t, Elsewhere) for deltas in held.deltas.values() for delta in deltas for t in (delta.a, delta.bt))
+    assert all(t.device == Cuda(0).place for deltas in held.deltas.values() for delta in deltas for t in (delta.a, delta.bt))
     assert held.bytes == engines("llama").load(3, adapter(name)).bytes
-    assert {"_shrink", "_expand"} <= set(LAUNCHES)
+    assert {"_shrink", "_expand"} <= set(LAUNCHES) or not INTERPRETING
 
 
+@pytest.mark.parametrize("on_gpus", ["stand-in"], indirect=True)
 def test_ranks_on_gpus_add_up_by_their_own_collectives(engines, on_gpus):
     expected, ranks = answers(engines("llama"), WAYS["greedy"]), on_gpus("llama", 2)
     assert answers(ranks, WAYS["greedy"]).answers == expected.answers
@@ -225,3 +248,17 @@ def test_a_group_of_one_needs_no_collectives_on_a_gpu(gpu):
 def test_the_shard_says_where_it_computes_and_by_what(on_gpus):
     said = on_gpus("llama").engines[0].describe()
     assert said["device"] == "cuda:0" and said["kernels"]["paged_attention"] == "triton" and said["kernels"]["linear"] == "torch"
+
+
+def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr("subprocess.run", lambda words, **how: ran.append(words[1:]) or CompletedProcess(words, int("bench" in words[2])))
+    with gpus(0):
+        assert gpu_check.main() == 14 and not ran
+    assert "sees no GPU" in capsys.readouterr().err
+    with gpus(1):
+        assert gpu_check.main() == 1
+    assert ran == [list(arguments) for arguments in gpu_check.STAGES.values()]
+    table = capsys.readouterr().out.strip().splitlines()
+    assert table[0] == "| on cuda:0, a GPU that is not there, compute capability 9.0, 20.0 GiB free | | |"
+    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "failed (1)"]

@@ -1,0 +1,46 @@
+"""Runs on a GPU what all other tests show without one, then measures its kernels: `make gpu-check`. Ends in a table.
+
+Without a GPU it runs nothing and ends with 14, as a shard does that was to compute on one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kvrun.device import choose
+from kvrun.errors import DeviceError
+
+ROOT = Path(__file__).resolve().parents[2]
+# What is shown, and by which arguments of this Python.
+STAGES = {
+    "kernels equal their references": ("-m", "pytest", "-m", "gpu", "kernels"),
+    "models, sampling and adapters equal transformers and the CPU": ("-m", "pytest", "-m", "gpu", "server/tests/test_device.py"),
+    "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda"),
+}
+
+
+def main() -> int:
+    """The exit code: 0 if every stage passed, 14 without a GPU, else 1."""
+    try:
+        device = choose("cuda", 0)
+    except DeviceError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return error.exit_code
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    lines = []
+    for shown, arguments in STAGES.items():
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**environment, "PYTHONPATH": "kernels:server"})
+        lines.append((shown, "passed" if done.returncode == 0 else f"failed ({done.returncode})", f"{time.monotonic() - began:.0f} s"))
+    print(f"\n| on {device.describe()} | | |\n|---|---|---|")
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+    return 0 if all(result == "passed" for _, result, _ in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
