@@ -194,7 +194,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     """Multiply rows by the transpose of what the codes stand for and add the bias; sums are float32 and rounded once.
 
     x [rows, in_features] · bias [out_features] · out [rows, out_features], dtype of x. A row's result is the same to
-    the bit whatever the number of rows. `rounded`: inputs in 8 bits where codes are integers, see `in_8_bits`; faster, not exact.
+    the bit whatever the number of rows. `rounded`: inputs in 8 bits where codes are integers, see `in_8_bits`, or where a GPU
+    multiplies floats of 8 bits, see scaled.py; faster, not exact.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")

@@ -5,6 +5,7 @@ import torch
 
 from kvrun_kernels import ops
 from kvrun_kernels.quantized_linear.op import in_8_bits
+from kvrun_kernels.quantized_linear.scaled import CAPABILITY, in_float8, serves
 
 NF4 = torch.linspace(-1, 1, 16) ** 3
 FORMS = ("int4", "nf4", "int8", "float8")
@@ -82,6 +83,35 @@ def test_inputs_in_8_bits_are_rounded_as_everywhere(device, dtype, form, close):
     found = ops.quantized_linear(x, packed, rounded=True)
     close(found, expected(in_8_bits(x, 32), dense).to(dtype), factor=2)
     assert not torch.equal(found.float(), ops.quantized_linear(x.float(), packed).to(dtype).float())
+
+
+@pytest.mark.parametrize("rows", (1, 3, 40))
+@pytest.mark.parametrize("bias", (None, torch.bfloat16), ids=str)
+def test_float8_meets_inputs_of_8_bits_in_the_library_s_product(device, rows, bias, close):
+    packed, dense = make("float8", 48, 64, None)
+    x, bias = torch.randn(rows, 64).to(torch.bfloat16), None if bias is None else torch.randn(48).to(bias)
+    x[0, 5] = 0
+    if not serves(x, packed):
+        pytest.skip(f"a GPU of compute capability {CAPABILITY}: not here")
+    found = ops.quantized_linear(x, packed, bias, rounded=True)
+    codes, step = in_float8(x)
+    close(found, expected((codes.float() * step).to(torch.float64), dense, bias).to(torch.bfloat16), factor=2)
+    exact = expected(x, dense, bias).float()
+    assert 0 < ((found.float() - exact).norm() / exact.norm()).item() < 0.04
+    # Rows of zeros have no largest magnitude.
+    assert torch.equal(ops.quantized_linear(torch.zeros_like(x), packed, rounded=True), torch.zeros_like(found))
+
+
+def test_float8_that_the_library_does_not_take_stays_exact(device):
+    for outputs, inputs, group, dtype in (
+        (47, 64, None, "bfloat16"),
+        (48, 72, None, "bfloat16"),
+        (48, 64, 32, "bfloat16"),
+        (48, 64, None, "half"),
+    ):
+        packed, _ = make("float8", outputs, inputs, group)
+        x = torch.randn(3, inputs).to(getattr(torch, dtype))
+        assert torch.equal(ops.quantized_linear(x, packed, rounded=True), ops.quantized_linear(x, packed))
 
 
 @pytest.mark.parametrize("form", FORMS)

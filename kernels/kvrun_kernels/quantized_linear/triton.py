@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvrun_kernels.quantized_linear.op import FLOAT8_UNIT, in_8_bits
 from kvrun_kernels.quantized_linear.rows import QuantizedRows
+from kvrun_kernels.quantized_linear.scaled import scaled, serves
 from kvrun_kernels.tiles import e4m3, product, rounded, up_to_power
 
 FEW_ROWS = 16  # up to here the weight's bytes are all that counts, and its inputs are cut among programs
@@ -125,11 +126,13 @@ def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
 
 
 def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
-    """As the op says; inputs in 8 bits are rounded here as everywhere, but multiplied in float32."""
+    """As the op says; inputs in 8 bits that meet integers are rounded here as everywhere, but multiplied in float32."""
     rows, outputs, inputs, group = x.shape[0], packed.out_features, packed.in_features, packed.group
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     if not rows or not outputs:
         return out
+    if rounded and serves(x, packed):
+        return scaled(x, packed, bias)
     if rounded and packed.integers:
         x = in_8_bits(x, group)
     few = rows <= FEW_ROWS
