@@ -7,7 +7,7 @@ from kvrun_kernels.grouped import Grouped
 from kvrun_kernels.grouped_linear.op import grouped_linear
 from kvrun_kernels.grouped_quantized_linear.op import grouped_quantized_linear
 from kvrun_kernels.layer_norm.op import layer_norm
-from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear
+from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear, pack_rows
 from kvrun_kernels.paged_attention.op import paged_attention
 from kvrun_kernels.quantized_linear.op import PackedQuantized, pack_quantized, quantized_linear
 from kvrun_kernels.rms_norm.op import rms_norm
@@ -36,6 +36,7 @@ __all__ = [
     "lora",
     "pack_linear",
     "pack_quantized",
+    "pack_rows",
     "paged_attention",
     "quantized_linear",
     "rms_norm",

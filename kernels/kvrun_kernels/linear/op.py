@@ -1,5 +1,7 @@
 """Matrix products with a weight that was packed once, at load, into the layout that the kernel streams."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -67,11 +69,29 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     out_features, in_features = weight.shape
     if _pack.run is None or not on_cpu(weight) or 0 in weight.shape:
         return PackedLinear(out_features, in_features, weight, packed=False)
+    return pack_rows([weight], out_features, in_features, weight.dtype)
+
+
+def pack_rows(rows: Iterable[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> PackedLinear:
+    """`pack_linear` of a weight that comes some rows at a time, [rows, in_features] of any type, each needed until the next comes."""
+    begun = torch.empty((0, in_features), dtype=dtype)  # rows of a panel whose others are still to come
+    if _pack.run is None or not on_cpu(begun) or 0 in (out_features, in_features):
+        held, at = torch.empty((out_features, in_features), dtype=dtype), 0
+        for part in rows:
+            held[at : at + len(part)] = part
+            at += len(part)
+        return PackedLinear(out_features, in_features, held, packed=False)
     # Pairs of bfloat16 widen to float32 by a shift and a mask, and are what its dot product instruction takes.
-    pair = 2 if weight.dtype == torch.bfloat16 else 1
-    shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
-    panels = large.empty(shape, weight.dtype)
-    _pack.run(panels.data_ptr(), weight.data_ptr(), out_features, in_features, weight.stride(0), DTYPES[weight.dtype])
+    pair = 2 if dtype == torch.bfloat16 else 1
+    panels = large.empty((-(-out_features // PANEL), -(-in_features // pair), PANEL, pair), dtype)
+    at = 0
+    for part in rows:
+        part = torch.cat((begun, part.to(dtype))) if len(begun) else part.to(dtype)
+        ends = at + len(part) == out_features
+        count = len(part) if ends else len(part) // PANEL * PANEL
+        if count:
+            _pack.run(panels[at // PANEL :].data_ptr(), part.data_ptr(), count, in_features, part.stride(0), DTYPES[dtype])
+        at, begun = at + count, part[count:].clone()
     return PackedLinear(out_features, in_features, panels, packed=True)
 
 

@@ -41,6 +41,7 @@ from kvrun.weights.held import method
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import Naming, probe
 from kvrun.weights.plan import LinearPlan, ModelPlan, Role, TablePlan, plan_mixer, plan_model, plan_norm
+from kvrun.weights.reading import memory_given_back
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
@@ -82,11 +83,11 @@ def load_model(
         raise Unsupported(f"{ROUNDED}, and nothing is quantized; leave it out, or add --quantize int8 or int4")
     cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
     build = _Build(model, plan, loader, weights, chosen, group, rounded, cache)
-    with device.place:
+    with memory_given_back(), device.place:
         decoder = build.decoder()
         encoder = build.encoder(decoder.embed)
         sight = build.sight()
-    checkpoint.close()
+    loader.close()
     if rounded and not any(linear.weight.rounded for linear in build.linears):
         raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")
     cache.keep()
@@ -300,9 +301,12 @@ class _Build:
         return weight
 
     def _packed(self, plan: LinearPlan, exact: bool) -> QuantizedLinear:
+        formats = [self._format.of(cut.module, plan.role, self._loader.held(cut)) for cut in plan.cuts]
+        if all(isinstance(weights, Dense) for weights in formats) and not plan.transposed:
+            rows = (rows for _, rows in self._loader.rows(plan.cuts))
+            return DenseLinear.of(rows, plan.out_features, plan.in_features, self.shared.dtype)
         parts = []
-        for cut in plan.cuts:
-            weights = self._format.of(cut.module, plan.role, self._loader.held(cut))
+        for cut, weights in zip(plan.cuts, formats, strict=True):
             parts.append(weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut))
         return build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
@@ -39,6 +40,13 @@ class DenseLinear:
     def __init__(self, weight: Tensor) -> None:
         """weight [out, in]; not kept beside its packed form."""
         self.packed = ops.pack_linear(weight.contiguous())
+
+    @classmethod
+    def of(cls, rows: Iterable[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> DenseLinear:
+        """One whose weight comes some rows at a time, [rows, in] of any type; never held in full beside its packed form."""
+        made = cls.__new__(cls)
+        made.packed = ops.pack_rows(rows, out_features, in_features, dtype)
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Weights on disk as the kernels stream them: what one start packed, the next reads straight into its place.
+"""Weights on disk as the kernels stream them: what one start packed, the next maps into its memory.
 
 A file holds one rank's weights in the order in which the model is built. It is a safetensors file whose metadata say how the
 tensors make up the weights; its name is a digest of all that decides them, so that a stale file is never found.
@@ -12,13 +12,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from kvrun_kernels.dispatch import LIBRARY
-from kvrun_kernels.large import large
+from kvrun_kernels.large import LINE, mapped
 from kvrun_kernels.linear.op import PackedLinear
 from kvrun_kernels.quantized_linear.op import PackedQuantized
 from torch import Tensor
@@ -31,8 +30,6 @@ from kvrun.weights.checkpoint import raw_header
 from kvrun.weights.load import torch_dtype
 
 log = logging.getLogger("kvrun.weights")
-CHUNK = 16 << 20  # bytes that one thread reads at a time
-THREADS = 4
 CLASSES: dict[str, type] = {c.__name__: c for c in (DenseLinear, CodedLinear, Stacked, PackedLinear, PackedQuantized)}
 # safetensors' names of what packed weights are made of.
 DTYPES = {
@@ -106,46 +103,32 @@ def _write(file: Path, weights: list[QuantizedLinear]) -> None:
     shape = [_frozen(weight, tensors) for weight in weights]
     header: dict[str, Any] = {"__metadata__": {"weights": json.dumps(shape)}}
     at = 0
-    for number, tensor in enumerate(tensors):
+    # Those that fill cache lines first, so that each begins at one.
+    laid = sorted(range(len(tensors)), key=lambda number: tensors[number].nbytes % LINE > 0)
+    for number in laid:
+        tensor = tensors[number]
         header[str(number)] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % LINE)  # tensors begin at cache lines
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for number in laid:
+            out.write(tensors[number].contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _read(file: Path) -> list[QuantizedLinear]:
     raw, held = raw_header(file)
     header = json.loads(raw)
+    if max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__") != held:
+        raise ValueError(f"{held} bytes of weights are there, its header names others")
     shape = json.loads(header.pop("__metadata__")["weights"])
-    with file.open("rb") as source:
-        arena = _arena(source.fileno(), 8 + len(raw), held)
+    arena = mapped(file)[8 + len(raw) :]
     tensors = [
         arena[entry["data_offsets"][0] : entry["data_offsets"][1]].view(torch_dtype(entry["dtype"])).view(entry["shape"])
         for _, entry in sorted(header.items(), key=lambda item: int(item[0]))
     ]
     return [_thawed(item, tensors) for item in shape]
-
-
-def _arena(descriptor: int, start: int, size: int) -> Tensor:
-    """`size` bytes from `start` of a file, in memory of large pages."""
-    arena = large(size)
-    view = memoryview(arena.numpy())
-
-    def fill(at: int) -> None:
-        end = min(at + CHUNK, size)
-        while at < end:
-            count = os.preadv(descriptor, [view[at:end]], start + at)
-            if count == 0:
-                raise OSError(f"it became shorter than {start + size} bytes while it was read")
-            at += count
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(fill, range(0, size, CHUNK)))
-    return arena
 
 
 def _frozen(value: Any, tensors: list[Tensor]) -> Any:

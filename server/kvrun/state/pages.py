@@ -27,9 +27,7 @@ class KvPages:
         self.page_tokens = page_tokens
         beside = STORED[stored_name(dtype)][1] // dtype.itemsize
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
-        self.layers: list[Tensor] = [
-            _zeros((pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside), dtype, device) for s in shapes
-        ]
+        self.layers: list[Tensor] = [_zeros((pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside), dtype, device) for s in shapes]
 
     @property
     def bytes(self) -> int:

@@ -33,6 +33,7 @@ class Entry:
     file: Path
     dtype: str  # the format's own name, "BF16"
     shape: tuple[int, ...]
+    begin: int = 0  # the first of its bytes in the file
 
 
 class Checkpoint:
@@ -77,31 +78,25 @@ class Checkpoint:
         entry = self.entries[name]
         try:
             with torch.device("cpu"):  # where files are read, wherever `out` lies
-                if entry.shape:
-                    _copy(self._slices(name), spans, out, ())
-                else:  # a number alone has no slices
-                    out.copy_(self._open(entry.file).get_tensor(name))
-        except FilesError:
-            raise
-        except Exception as error:  # the library's own error type is not exported by every version
+                _copy(self._stored(name), spans, out, ())
+        except (OSError, RuntimeError) as error:
             raise FilesError(f"{entry.file}: tensor {name} cannot be read: {error}; {AGAIN}") from error
 
     def close(self) -> None:
         """Let go of the files."""
-        self._handles.clear()
+        self._handles.clear()  # a file closes when nobody holds it
 
-    def _slices(self, name: str) -> Any:
-        """What gives a part of a tensor by its ranges, one slice for each dimension."""
-        return self._open(self.entries[name].file).get_slice(name)
+    def _stored(self, name: str) -> Any:
+        """What copies a part of a tensor by its ranges, one slice for each dimension."""
+        from kvrun.weights.load import torch_dtype
+        from kvrun.weights.reading import Stored
+
+        entry = self.entries[name]
+        return Stored(self._open(entry.file).fileno(), entry.begin, entry.shape, torch_dtype(entry.dtype))
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
-            from safetensors import safe_open
-
-            try:
-                self._handles[file] = safe_open(str(file), framework="pt")
-            except Exception as error:
-                raise FilesError(f"{file} cannot be opened: {error}; {AGAIN}") from error
+            self._handles[file] = file.open("rb", buffering=0)
         return self._handles[file]
 
 
@@ -109,7 +104,7 @@ def _copy(source: Any, spans: tuple[Runs, ...], out: Tensor, chosen: tuple[slice
     """Copy block by block: one range of every dimension at a time."""
     dim = len(chosen)
     if dim == len(spans):
-        out.copy_(source[chosen])
+        source.copy(chosen, out)
         return
     at = 0
     for start, stop in spans[dim]:
@@ -155,8 +150,9 @@ def _header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     raw, held = raw_header(file)
     try:
         stated = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
-        entries = {name: Entry(file, value["dtype"], tuple(value["shape"])) for name, value in stated.items()}
         offsets = {name: tuple(value["data_offsets"]) for name, value in stated.items()}
+        data = 8 + len(raw)
+        entries = {name: Entry(file, value["dtype"], tuple(value["shape"]), data + offsets[name][0]) for name, value in stated.items()}
         for name, entry in entries.items():
             begin, end = offsets[name]
             if entry.dtype in BITS and (end - begin) * 8 != math.prod(entry.shape) * BITS[entry.dtype]:

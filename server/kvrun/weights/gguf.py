@@ -46,7 +46,7 @@ class _Blocks(Checkpoint):
         super().__init__(folder, entries, digest)
         self._places, self._config = places, config
 
-    def _slices(self, name: str) -> Any:
+    def _stored(self, name: str) -> Any:
         place = self._places[name]
         tensor = place.tensor
         data = self._open(tensor.file)
@@ -80,13 +80,14 @@ class _Part:
     order: list[int] | None  # the row of the file for each row of the checkpoint
     more: float
 
-    def __getitem__(self, chosen: tuple[slice, ...]) -> Tensor:
+    def copy(self, chosen: tuple[slice, ...], out: Tensor) -> None:
+        """See Stored."""
         if self.order is None:
             found = self.held[chosen]
         else:
             whole = slice(None), *chosen[1:]
             found = self.held[self.order[chosen[0]]][whole]
-        return found - self.more if self.more else found
+        out.copy_(found - self.more if self.more else found)
 
 
 def _entry(place: Place) -> Entry:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvrun.errors import FilesError, Unsupported
 from kvrun.weights.checkpoint import Checkpoint, extent
 from kvrun.weights.naming import Naming
 from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, Role, TablePlan
+from kvrun.weights.reading import CHUNK, Ahead
 from kvrun.weights.shard import Stored, Stretch
-from kvrun.weights.split import Runs, merge
+from kvrun.weights.split import Runs, merge, part, size
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,7 @@ class Loader:
         self.checkpoint = checkpoint
         self.naming = naming
         self._names = sorted(checkpoint.entries)
+        self._ahead: Ahead[Cut] = Ahead()
 
     def audit(self, plan: ModelPlan, weights: Stored, leftovers: Iterable[str]) -> None:
         """Refuse a checkpoint that lacks a declared tensor, has one in another shape, or has one that nobody reads.
@@ -77,6 +81,32 @@ class Loader:
             span = (max(start, border) - border, stop - border)
             self.checkpoint.read(self.naming(plan.rest[0]), ((span,), *columns), out[before:])
         return out
+
+    def rows(self, cuts: Iterable[Cut]) -> Iterator[tuple[Cut, Tensor]]:
+        """The plain weights of cuts in turn, some rows of one at a time, [rows, in] in the file's own dtype.
+
+        What comes next is read meanwhile; a tensor is there until the next one is asked for.
+        """
+        asked = [piece for cut in cuts for piece in self._pieces(cut)]
+        yield from zip(asked, self._ahead.read(asked, self._piece), strict=True)
+
+    def _pieces(self, cut: Cut) -> Iterator[Cut]:
+        entry = self.checkpoint.entries[self.naming(cut.tensor("weight"))]
+        rows, step = size(cut.rows), max(1, CHUNK // (size(cut.cols) * torch_dtype(entry.dtype).itemsize))
+        return (replace(cut, rows=part(cut.rows, at, min(at + step, rows))) for at in range(0, rows, step))
+
+    def _piece(self, cut: Cut, place: int) -> Tensor:
+        dtype = torch_dtype(self.checkpoint.entries[self.naming(cut.tensor("weight"))].dtype)
+        spans = (cut.rows, cut.cols)
+        shape = extent(spans)
+        out = self._ahead.place(place, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        self._read(cut, "weight", spans, out)
+        return out
+
+    def close(self) -> None:
+        """Let go of the files, and of what they were read into."""
+        self._ahead.close()
+        self.checkpoint.close()
 
     def linear(self, plan: LinearPlan, axes: Mapping[str, Stretch], cut: Cut) -> dict[str, Tensor]:
         """The tensors of one cut of a linear, in the file's own dtype."""

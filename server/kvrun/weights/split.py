@@ -24,6 +24,15 @@ def merge(runs: Iterable[Span]) -> Runs:
     return tuple(merged)
 
 
+def part(runs: Runs, start: int, stop: int) -> Runs:
+    """The indices from `start` to `stop`, counted in the order in which the ranges hold them."""
+    found, before = [], 0
+    for first, last in runs:
+        found.append((first + max(start - before, 0), min(first + stop - before, last)))
+        before += last - first
+    return tuple((first, last) for first, last in found if first < last)
+
+
 def size(runs: Runs) -> int:
     """How many indices the ranges hold."""
     return sum(stop - start for start, stop in runs)
