@@ -66,14 +66,20 @@ def likeliest(checkpoint: Path, adapter: Path | None, sequences: list[tuple[list
     return [rows.argmax(dim=-1).tolist() for rows in logits]
 
 
-def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits that peft's adapter gives each prompt alone, [tokens, vocabulary]."""
+def peft_model(checkpoint: Path, adapter: Path) -> torch.nn.Module:
+    """transformers' model with peft's adapter in it."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(oracle_model(checkpoint), adapter)
     for name, module in model.named_modules():
         if name.endswith(".dt_proj"):  # transformers multiplies with its weight and passes the adapter by
             module.merge()
+    return model
+
+
+def peft_logits(checkpoint: Path, adapter: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The logits that peft's adapter gives each prompt alone, [tokens, vocabulary]."""
+    model = peft_model(checkpoint, adapter)
     with torch.inference_mode():
         return [row_of(checkpoint).logits(model, torch.tensor([ids]))[0] for ids in prompts]
 

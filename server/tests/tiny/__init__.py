@@ -13,7 +13,6 @@ from pkgutil import iter_modules
 
 import torch
 
-from tiny.row import ADAPTED as ADAPTED
 from tiny.row import CLOSE as CLOSE
 from tiny.row import TIE as TIE
 from tiny.row import VOCABULARY as VOCABULARY

@@ -43,13 +43,16 @@ def unit_head(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 ROWS = {
-    "baichuan_7b": Row("llama", MULTI_HEAD, published=packed("BaiChuanForCausalLM"), architecture="BaiChuanForCausalLM"),
-    "baichuan_13b": Row("llama", FIVE_HEADS, published=packed("BaichuanForCausalLM"), logits=sloped, architecture="BaichuanForCausalLM"),
+    "baichuan_7b": Row("llama", MULTI_HEAD, published=packed("BaiChuanForCausalLM"), architecture="BaiChuanForCausalLM", seed=1),
+    "baichuan_13b": Row(
+        "llama", FIVE_HEADS, published=packed("BaichuanForCausalLM"), logits=sloped, architecture="BaichuanForCausalLM", seed=15
+    ),
     "baichuan2_13b": Row(
         "llama",
         FIVE_HEADS,
         published=packed("BaichuanForCausalLM", z_loss_weight=0),
         logits=unit_head,
         architecture="BaichuanForCausalLM",
+        seed=15,
     ),
 }

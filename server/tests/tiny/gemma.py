@@ -12,7 +12,7 @@ ROPES = {
 GEMMA3 = {**GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 40, "rope_parameters": ROPES, "num_hidden_layers": 3}
 
 ROWS = {
-    "gemma": Row("gemma", {**GEMMA, "num_key_value_heads": 1}),
+    "gemma": Row("gemma", {**GEMMA, "num_key_value_heads": 1}, seed=27),
     "gemma2": Row("gemma2", {**GEMMA2, "num_hidden_layers": 3}),
     "gemma3": Row("gemma3_text", {**GEMMA3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3_five_to_one": Row("gemma3_text", {**GEMMA3, "num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 48}),

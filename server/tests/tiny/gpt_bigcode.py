@@ -22,6 +22,6 @@ def santacoder(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
 
 ROWS = {
     "gpt_bigcode": Row("gpt_bigcode", {**BIGCODE, "multi_query": True}, seed=5),
-    "gpt_bigcode_multi_head": Row("gpt_bigcode", {**BIGCODE, "multi_query": False}),
-    "santacoder": Row("gpt_bigcode", {**BIGCODE, "multi_query": True}, published=santacoder, seed=5, architecture="GPT2LMHeadCustomModel"),
+    "gpt_bigcode_multi_head": Row("gpt_bigcode", {**BIGCODE, "multi_query": False}, seed=2),
+    "santacoder": Row("gpt_bigcode", {**BIGCODE, "multi_query": True}, published=santacoder, architecture="GPT2LMHeadCustomModel", seed=5),
 }

@@ -12,7 +12,7 @@ LONGROPE = rope(
 )
 
 ROWS = {
-    "phi3": Row("phi3", {**PHI3, "sliding_window": 8}, seed=5),
-    "phi3_longrope": Row("phi3", {**PHI3, **LONGROPE, "original_max_position_embeddings": 32}, seed=3),
+    "phi3": Row("phi3", {**PHI3, "sliding_window": 8}, seed=10),
+    "phi3_longrope": Row("phi3", {**PHI3, **LONGROPE, "original_max_position_embeddings": 32}, seed=69),
     "phi4_mini": Row("phi3", {**PHI3, **rope("default", partial_rotary_factor=0.75), "tie_word_embeddings": True}, seed=2),
 }

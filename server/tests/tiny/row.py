@@ -16,8 +16,6 @@ SOURCE = [17, 203, 5, 96, 140, 31, 8, 250, 77, 12, 64, 199, 3, 45, 120, 88, 231,
 
 # How far logits in float32 may lie from transformers', in standard deviations of the latter: rounding, and nothing else.
 CLOSE = 1e-4
-# The same with random adapters on top, which make scores larger still, and rounding of them with it.
-ADAPTED = 1e-3
 # How much likelier transformers may find another token than a greedy answer's: what both may be off by.
 TIE = 2 * CLOSE
 
@@ -30,8 +28,9 @@ class Row:
 
     kind: str  # transformers' model type
     config: dict
-    # Of its weights. Scores as large as these weights make them come so close to each other in some draws that the last
-    # bit of a float32 decides between two keys or two experts, in transformers as here; draws in which either does are passed over.
+    # Of its weights. Scores as large as these weights make them come so close to each other in some draws that the last bit of a
+    # float32 decides between two keys or two experts. `draws.py` finds draws in which transformers' own answers hang on none;
+    # what this server answers has no part in that.
     seed: int = 0
     # From transformers' config and tensors to those of the published checkpoints, where the two differ.
     published: Callable[[dict, Tensors], tuple[dict, Tensors]] | None = None
