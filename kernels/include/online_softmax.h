@@ -1,7 +1,7 @@
-// The arithmetic of attention on float32 blocks: scores, values, and the running softmax that joins block to block.
+// The running softmax that joins blocks of keys: shares of a block's scores, and the state that they move on.
 #pragma once
 
-#include "vec.h"
+#include "panel.h"
 
 namespace kvrun {
 namespace {
@@ -11,101 +11,86 @@ constexpr int64_t kBlock = 64;
 constexpr int lanes = Floats::width;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Running maximum, sum and output of each row; lies in memory as [rows] [rows] [rows][padded].
+// Running output, sum and maximum of each row; lies in memory as [panels of the head][rows][kPanel] [rows][lanes] [rows].
+// The sum stays apart by lanes until it is complete; maxima end with a whole vector.
 struct State {
-  float *top, *total, *out;
-  State(float* memory, int64_t rows) : top(memory), total(memory + rows), out(memory + 2 * rows) {}
-  static int64_t floats(int64_t rows, int64_t padded) { return rows * (padded + 2); }
-  void clear(int64_t rows, int64_t padded) {
-    for (int64_t r = 0; r < rows; r++) top[r] = kMinusInfinity;
-    memset(total, 0, rows * sizeof(float));
-    memset(out, 0, rows * padded * sizeof(float));
+  int64_t rows, numbers;
+  float *out, *total, *top;
+  State(float* memory, int64_t r, int64_t panels)
+      : rows(r), numbers(panels * r * kPanel), out(memory), total(memory + numbers), top(total + r * lanes) {}
+  static int64_t floats(int64_t rows, int64_t panels) {
+    return rows * (panels * kPanel + lanes) + (rows + lanes - 1) / lanes * lanes;
+  }
+  void clear() {
+    memset(out, 0, (numbers + rows * lanes) * sizeof(float));
+    for (int64_t r = 0; r < rows; r += lanes) Floats(kMinusInfinity).store(top + r);
   }
   // What a row's output has to be multiplied by, the sum being complete; 0 where it saw no key. A sink is a logit that
   // takes its share of the sum and adds nothing to the output.
   float scale(int64_t r, const float* sink) const {
-    if (total[r] == 0) return 0.0f;
-    if (!sink) return 1.0f / total[r];
+    const float all = sum(Floats::load(total + r * lanes));
+    if (all == 0) return 0.0f;
+    if (!sink) return 1.0f / all;
     const float most = *sink > top[r] ? *sink : top[r], keep = exp1(top[r] - most);
-    return keep / (total[r] * keep + exp1(*sink - most));
+    return keep / (all * keep + exp1(*sink - most));
   }
 };
 
-void merge(State into, State next, int64_t rows, int64_t padded) {
-  for (int64_t r = 0; r < rows; r++) {
-    if (next.total[r] == 0) continue;
+// Multiplies `count` numbers by a factor, and adds those of another row times its own.
+void scale(float* to, int64_t count, float keep) {
+  for (int64_t d = 0; d < count; d += lanes) (Floats::load(to + d) * Floats(keep)).store(to + d);
+}
+void add_scaled(float* to, float keep, const float* from, float add, int64_t count) {
+  for (int64_t d = 0; d < count; d += lanes)
+    fma(Floats::load(from + d), Floats(add), Floats::load(to + d) * Floats(keep)).store(to + d);
+}
+
+void merge(State into, State next) {
+  for (int64_t r = 0; r < into.rows; r++) {
+    if (next.top[r] == kMinusInfinity) continue;
     const float top = into.top[r] > next.top[r] ? into.top[r] : next.top[r];
     const float keep = exp1(into.top[r] - top), add = exp1(next.top[r] - top);
     into.top[r] = top;
-    into.total[r] = into.total[r] * keep + next.total[r] * add;
-    for (int64_t d = 0; d < padded; d += lanes) {
-      float* to = into.out + r * padded + d;
-      fma(Floats::load(next.out + r * padded + d), Floats(add), Floats::load(to) * Floats(keep)).store(to);
-    }
+    add_scaled(into.total + r * lanes, keep, next.total + r * lanes, add, lanes);
+    for (int64_t d = r * kPanel; d < into.numbers; d += into.rows * kPanel)
+      add_scaled(into.out + d, keep, next.out + d, add, kPanel);
   }
 }
 
-// Vectors of a block that were widened beforehand: numbers d.. of vector j.
-struct Widened {
-  const float* first;
-  int64_t stride;
-  Floats operator()(int64_t j, int64_t d) const { return Floats::load(first + j * stride + d); }
-  void foresee(int64_t, int64_t, int64_t) const {}
+// What scores become shares by, and how a block's shares lie for the product with its values: those of a row beside each
+// other, keys in order. X is the type that the product takes its left side in.
+template <class X>
+struct Shares {
+  static constexpr int64_t kRow = kBlock;
+  static Floats of(Floats x) { return exp(x); }
+  static void put(X* to, Floats low, Floats high) {
+    low.store(to);
+    high.store(to + lanes);
+  }
 };
 
-// Scores of R rows against four keys at a time: each a sum over lanes, folded the same way every time.
-template <int R, class Vectors>
-void score(const float* q, const Vectors& keys, float* scores, int64_t count, int64_t padded) {
-  for (int64_t j = 0; j < count; j += 4) {
-    Floats sums[R][4];
-    for (int r = 0; r < R; r++)
-      for (int k = 0; k < 4; k++) sums[r][k] = Floats::zero();
-    for (int k = 0; k < 4; k++) keys.foresee(j + k, 0, padded);
-    for (int64_t d = 0; d < padded; d += lanes) {
-      Floats key[4];
-      for (int k = 0; k < 4; k++) key[k] = keys(j + k, d);
-      for (int r = 0; r < R; r++) {
-        const Floats query = Floats::load(q + r * padded + d);
-        for (int k = 0; k < 4; k++) sums[r][k] = fma(query, key[k], sums[r][k]);
-      }
-    }
-    for (int r = 0; r < R; r++) sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kBlock + j);
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, which round away more than the shorter polynomial of e^x leaves out: 3e-6 of it.
+template <>
+struct Shares<uint32_t> {
+  static constexpr int64_t kRow = kBlock / 2;
+  static Floats of(Floats x) {
+    const __m512 log2e = _mm512_set1_ps(1.44269504f);
+    const __m512 n = _mm512_roundscale_ps(__m512(x.raw) * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats f(Floats::Raw(_mm512_fmsub_ps(x.raw, log2e, n)));
+    Floats p(9.570101434e-03f);
+    constexpr float terms[] = {5.591786028e-02f, 2.402474484e-01f, 6.931218147e-01f, 9.999992614e-01f};
+    for (float term : terms) p = fma(p, f, Floats(term));
+    // Only what is not below; NaN is not.
+    const __mmask16 some = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+    return Floats::Raw(_mm512_maskz_scalef_ps(some, p.raw, n));
   }
-}
-
-// out = out * keep + shares x values, for R rows and V vectors of the head from `first` on.
-template <int R, int V, class Vectors>
-void add_values(float* out, const float* keep, const float* shares, const Vectors& values, int64_t count, int64_t padded,
-                int64_t first) {
-  Floats sums[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = Floats::load(out + r * padded + first + v * lanes) * Floats(keep[r]);
-  for (int64_t j = 0; j < count; j++) {
-    values.foresee(j, first, V * lanes);
-    Floats value[V];
-    for (int v = 0; v < V; v++) value[v] = values(j, first + v * lanes);
-    for (int r = 0; r < R; r++) {
-      const Floats share(shares[r * kBlock + j]);
-      for (int v = 0; v < V; v++) sums[r][v] = fma(share, value[v], sums[r][v]);
-    }
+  static void put(uint32_t* to, Floats low, Floats high) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(high.raw, low.raw);
+    memcpy(to, &both, sizeof both);
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v].store(out + r * padded + first + v * lanes);
-}
-
-template <int R, class Vectors>
-void add_values(float* out, const float* keep, const float* shares, const Vectors& values, int64_t count, int64_t padded) {
-  // One row alone needs more sums at once to hide their latency.
-  constexpr int V = R == 1 ? 8 : 4;
-  int64_t d = 0;
-  for (; d + V * lanes <= padded; d += V * lanes) add_values<R, V>(out, keep, shares, values, count, padded, d);
-  for (; d < padded; d += lanes) add_values<R, 1>(out, keep, shares, values, count, padded, d);
-}
-
-template <class F>
-void in_fours(int64_t rows, const F& f) {
-  for (int64_t r = 0; r < rows; r += 4) f(r, rows - r < 4 ? int(rows - r) : 4);
-}
+};
+#endif
 
 }  // namespace
 }  // namespace kvrun

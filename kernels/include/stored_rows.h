@@ -105,7 +105,8 @@ template <class T>
 struct Rows8 {
   static int64_t bytes(int64_t dim) { return dim; }
   static Floats at(const char* row, int64_t i, int64_t) { return T::widened(load_codes(row + i, Floats::width)); }
-  static void read(float* to, const char* row, int64_t count, int64_t) {
+  template <class To>
+  static void read(To* to, const char* row, int64_t count, int64_t) {
     by_vectors(count, [&](int64_t i, int64_t n) { T::widened(load_codes(row + i, n)).store(to + i); });
   }
   template <class From>
@@ -119,7 +120,8 @@ template <class T>
 struct StoredRows {
   static int64_t bytes(int64_t dim) { return dim * int64_t(sizeof(T)); }
   static Floats at(const char* row, int64_t i, int64_t) { return Floats::load((const T*)row + i); }
-  static void read(float* to, const char* row, int64_t count, int64_t) {
+  template <class To>
+  static void read(To* to, const char* row, int64_t count, int64_t) {
     by_vectors(count, [&](int64_t i, int64_t n) { load_floats((const T*)row + i, n).store(to + i); });
   }
   template <class From>
@@ -151,7 +153,8 @@ struct StoredRows<Int8Code> {
     return code * Floats(scale);
   }
   static Floats at(const char* row, int64_t i, int64_t dim) { return scaled(row, i, Floats::width, dim); }
-  static void read(float* to, const char* row, int64_t count, int64_t dim) {
+  template <class To>
+  static void read(To* to, const char* row, int64_t count, int64_t dim) {
     by_vectors(count, [&](int64_t i, int64_t n) { scaled(row, i, n, dim).store(to + i); });
   }
   // The scale is the largest magnitude's 127th; NaN, over codes of 0, where a number is not finite.

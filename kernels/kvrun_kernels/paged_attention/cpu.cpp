@@ -4,19 +4,16 @@
 // begins. Within a split the running maximum, sum and output of a row advance block by block; splits are merged in
 // order. A task is a tile of query rows that share a key head, over all splits; or, when tiles are too few for the
 // threads, over one split each, whose states are merged afterwards by the same arithmetic.
-#include "online_softmax.h"
-#include "stored_rows.h"
+#include "key_block.h"
 #include "thread_pool.h"
 
 namespace kvrun {
 namespace {
 
-constexpr int64_t kSplit = 512, kTileRows = 64;
-// So few rows use a key that widening it for every four of them costs less than keeping it widened.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kSplit = 512, kTileRows = 96;
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-int64_t whole_vectors(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
+int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 struct Call {
   void* out;
@@ -29,10 +26,7 @@ struct Call {
   int64_t q_dtype, row_bytes;
 
   int64_t group() const { return q_heads / kv_heads; }
-  int64_t padded() const { return whole_vectors(dim); }
-  int64_t value_padded() const { return whole_vectors(value_dim); }
-  // In a pool of one plane the keys' first numbers are the values.
-  int64_t value_stride() const { return planes == 1 ? padded() : value_padded(); }
+  int64_t value_panels() const { return (value_dim + kPanel - 1) / kPanel; }
   // The keys that a row sees end here.
   int64_t end_key(int64_t sequence, int64_t token, int64_t position) const {
     const int64_t end = reach ? at_most(int64_t(reach[token]) + 1, contexts[sequence]) : position + 1;
@@ -42,7 +36,7 @@ struct Call {
 
 // Query tokens first..last of a sequence under one key head; a row is a token and one of `heads` query heads from
 // `first_head`.
-struct Tile {
+struct Queries {
   int64_t sequence, head, first_head, heads, first_token, rows, first_position, begin_key, end_key, first_split, splits;
   size_t state;  // where the states of its splits lie, in floats, when they are computed apart
 
@@ -51,100 +45,64 @@ struct Tile {
   int64_t query_head(int64_t r) const { return first_head + r % heads; }
 };
 
-// What a task works in: its query rows, one block of keys and values as float32 unless they are read in place, and the
-// block's scores.
+// What a task works in. S is how a step of the products multiplies.
+template <class S>
 struct Work {
-  float *q, *keys, *values, *scores, *keep, *split, *all;
-  char* zeros;  // a stored vector of zeros
-  Work(const Call& call, int64_t rows) {
-    const int64_t padded = call.padded(), block = kBlock * padded, own = call.planes == 1 ? 0 : kBlock * call.value_padded();
-    const int64_t state = State::floats(rows, call.value_padded());
-    q = (float*)scratch(kTask, (rows * (padded + kBlock + 1) + block + own + 2 * state) * sizeof(float) + call.row_bytes);
-    keys = q + rows * padded;
-    scores = keys + block + own;
-    values = own ? keys + block : keys;
-    keep = scores + rows * kBlock;
-    split = keep + rows;
-    all = split + state;
-    zeros = (char*)(all + state);
+  using W = typename S::Weight;
+  using X = typename S::X;
+  using Row = Shares<X>;
+  int64_t rows, steps;        // of a score
+  X *q, *shares;              // [run of up to kRows rows] [step] [row], and [row] [Row::kRow]
+  W *panels, *plain;          // as Packer has them, of keys, then of values
+  float *scores, *tops, *keep;  // [panel] [row] [kPanel], and [row]
+  char* zeros;                // a stored vector of zeros
+  float *split, *all;         // states
+  Work(const Call& call, int64_t r) : rows(r), steps(steps_of<S>(call.dim)) {
+    const int64_t padded = rounded_up(call.dim, kPanel), whole = rounded_up(rows, lanes);
+    const int64_t state = State::floats(rows, call.value_panels());
+    char* memory = (char*)scratch(kTask, bytes(rows * steps * S::values, sizeof(X)) + bytes(rows * Row::kRow, sizeof(X)) +
+                                             2 * bytes(kBlock * padded, sizeof(W)) + bytes(rows * kBlock, sizeof(float)) +
+                                             2 * bytes(whole, sizeof(float)) + bytes(call.row_bytes, 1) +
+                                             2 * bytes(state, sizeof(float)));
+    q = take<X>(memory, rows * steps * S::values);
+    shares = take<X>(memory, rows * Row::kRow);
+    panels = take<W>(memory, kBlock * padded);
+    plain = take<W>(memory, kBlock * padded);
+    scores = take<float>(memory, rows * kBlock);
+    tops = take<float>(memory, whole);
+    keep = take<float>(memory, whole);
+    zeros = take<char>(memory, call.row_bytes);
+    split = take<float>(memory, state);
+    all = take<float>(memory, state);
     memset(zeros, 0, call.row_bytes);
+  }
+  static size_t bytes(int64_t count, size_t size) { return (count * size + 63) / 64 * 64; }
+  template <class T>
+  static T* take(char*& memory, int64_t count) {
+    T* taken = (T*)memory;
+    memory += bytes(count, sizeof(T));
+    return taken;
   }
 };
 
-template <class T>
-void widen(float* to, const T* from, int64_t dim, int64_t padded) {
-  const int64_t whole = dim / lanes * lanes;
-  for (int64_t d = 0; d < whole; d += lanes) Floats::load(from + d).store(to + d);
-  if (whole < padded) Floats::load(from + whole, dim - whole).store(to + whole);
-}
-
 // The tile's key head in the page of a sequence's position, or null where its table names none.
-const char* page_of(const Call& call, const Tile& tile, int64_t index) {
+const char* page_of(const Call& call, const Queries& tile, int64_t index) {
   const int64_t page = call.page_table[tile.sequence * call.table_stride + index];
   if (page < 0 || page >= call.pages) return nullptr;
   return (const char*)call.pool + (page * call.planes * call.kv_heads + tile.head) * call.page_tokens * call.row_bytes;
 }
 
 // Where the vectors of a block lie in their pages; where no row may see one, `hidden`.
-struct Places {
-  const char *keys[kBlock], *values[kBlock];
-  Places(const Call& call, const Tile& tile, int64_t block, const char* hidden) {
-    const int64_t apart = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * call.row_bytes;
-    const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0, end = at_most(tile.end_key - block, kBlock);
-    for (int64_t j = 0; j < kBlock; j++) keys[j] = values[j] = hidden;
-    for (int64_t j = begin; j < end;) {
-      const int64_t offset = (block + j) % call.page_tokens, last = at_most(j + call.page_tokens - offset, end);
-      const char* page = page_of(call, tile, (block + j) / call.page_tokens);
-      if (!page) j = last;
-      for (const char* at = page + offset * call.row_bytes; j < last; j++, at += call.row_bytes)
-        keys[j] = at, values[j] = at + apart;
-    }
-  }
-};
-
-// Vectors of a block, widened as they are read, and those in their places in the next block, which the hardware cannot
-// foresee. They go to the second-level cache: two blocks of keys and values do not fit the first.
-template <class Rows>
-struct InPlace {
-  const char* const* rows;
-  const char* const* next;
-  int64_t dim;
-  Floats operator()(int64_t j, int64_t d) const { return Rows::at(rows[j], d, dim); }
-  void foresee(int64_t j, int64_t first, int64_t count) const {
-    for (int64_t at = Rows::bytes(first); at < Rows::bytes(first + count); at += 64) __builtin_prefetch(next[j] + at, 0, 2);
-  }
-};
-
-void clear_keys(const Call& call, const Work& work, int64_t first, int64_t last) {
-  if (first >= last) return;
-  memset(work.keys + first * call.padded(), 0, (last - first) * call.padded() * sizeof(float));
-  if (call.planes == 1) return;
-  memset(work.values + first * call.value_padded(), 0, (last - first) * call.value_padded() * sizeof(float));
-}
-
-// The tile's part of a block of keys and values. What no row may see is zeroed and never read: it may be no number.
-template <class Rows>
-void gather(const Call& call, const Tile& tile, int64_t block, const Work& work) {
-  const int64_t padded = call.padded(), value_padded = call.value_padded(), row_bytes = Rows::bytes(call.dim);
-  const int64_t values = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * row_bytes;
+void find(const Call& call, const Queries& tile, int64_t block, const char* hidden, Places& places) {
+  const int64_t apart = call.planes == 1 ? 0 : call.kv_heads * call.page_tokens * call.row_bytes;
   const int64_t begin = tile.begin_key > block ? tile.begin_key - block : 0, end = at_most(tile.end_key - block, kBlock);
-  clear_keys(call, work, 0, begin);
-  clear_keys(call, work, end, kBlock);
+  for (const char*& row : places.rows) row = hidden;
   for (int64_t j = begin; j < end;) {
-    const int64_t index = (block + j) / call.page_tokens, offset = (block + j) % call.page_tokens;
-    const int64_t last = at_most(j + call.page_tokens - offset, end);
-    const char* page = page_of(call, tile, index);
-    // The hardware cannot foresee where the next page lies.
-    const char* next = block + last < tile.end_key ? page_of(call, tile, (block + last) / call.page_tokens) : page;
-    if (!page) clear_keys(call, work, j, last), j = last;
-    for (int64_t at = offset * row_bytes; j < last; j++, at += row_bytes) {
-      for (int64_t d = 0; next && d < row_bytes; d += 64) {
-        __builtin_prefetch(next + at + d);
-        __builtin_prefetch(next + at + d + values);
-      }
-      Rows::read(work.keys + j * padded, page + at, call.dim, call.dim);
-      if (values) Rows::read(work.values + j * value_padded, page + at + values, call.value_dim, call.dim);
-    }
+    const int64_t offset = (block + j) % call.page_tokens, last = at_most(j + call.page_tokens - offset, end);
+    const char* page = page_of(call, tile, (block + j) / call.page_tokens);
+    if (!page) j = last;
+    for (const char* at = page + offset * call.row_bytes; j < last; j++, at += call.row_bytes)
+      places.rows[j] = at, places.rows[kBlock + j] = at + apart;
   }
 }
 
@@ -157,19 +115,39 @@ Floats bias_of(const float* relative, int64_t away, int64_t most) {
   return Floats::load(all);
 }
 
-// Turns a row's raw scores into shares of the block, and moves its maximum and sum on; says how much of the earlier
-// output remains. `begin` and `end` bound the keys of the block that the row sees.
-float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float slope, const float* relative,
-            int64_t distance, float& top, float& total) {
-  for (int64_t j = 0; j < begin; j++) scores[j] = kMinusInfinity;
-  for (int64_t j = end; j < kBlock; j++) scores[j] = kMinusInfinity;
-  if (begin >= end) {
-    memset(scores, 0, kBlock * sizeof(float));
-    return 1.0f;
+// One row's scores of a block, of which it sees keys `begin` to `end`; its panels lie `apart`.
+struct Scored {
+  float* scores;
+  int64_t apart, begin, end;
+  float* at(int64_t j) const { return scores + j / kPanel * apart + j % kPanel; }
+
+  void hide() const {
+    for (int64_t j = 0; j < begin; j++) *at(j) = kMinusInfinity;
+    for (int64_t j = end; j < kBlock; j++) *at(j) = kMinusInfinity;
   }
-  Floats best(kMinusInfinity);
+  float most() const {
+    Floats best = Floats::load(at(0));
+    for (int64_t j = lanes; j < kBlock; j += lanes) best = max(Floats::load(at(j)), best);
+    return largest(best);
+  }
+};
+
+Scored scored(const Call& call, const Queries& tile, int64_t block, float* scores, int64_t r) {
+  const int64_t position = tile.position(r);
+  const int64_t begin = call.window ? position - call.window + 1 - block : 0;
+  const int64_t end = call.end_key(tile.sequence, tile.token(r), position) - block;
+  return {scores + r * kPanel, tile.rows * kPanel, begin < 0 ? 0 : at_most(begin, kBlock), end < 0 ? 0 : at_most(end, kBlock)};
+}
+
+// Whether a call's logits are its scores times the scale and nothing more.
+bool is_plain(const Call& call) { return call.softcap == 0 && !call.slopes && !call.relative && call.scale > 0; }
+
+// Turns raw scores into logits.
+void to_logits(const Call& call, const Scored& row, int64_t head, int64_t distance) {
+  const float slope = call.slopes ? call.slopes[head] : 0;
+  const float* relative = call.relative ? call.relative + head * (2 * call.most + 1) : nullptr;
   for (int64_t j = 0; j < kBlock; j += lanes) {
-    Floats s = Floats::load(scores + j) * Floats(call.scale);
+    Floats s = Floats::load(row.at(j)) * Floats(call.scale);
     if (call.softcap != 0) {
       const Floats capped = tanh(s / Floats(call.softcap)) * Floats(call.softcap);
       s = s.raw == kMinusInfinity ? s.raw : capped.raw;
@@ -180,90 +158,137 @@ float weigh(const Call& call, float* scores, int64_t begin, int64_t end, float s
       s = fma(Floats(slope), Floats::load(away), s);
     }
     if (relative) s = s + bias_of(relative, j - distance, call.most);
-    s.store(scores + j);
-    best = max(s, best);
+    s.store(row.at(j));
   }
-  const float block_top = largest(best), next = block_top > top ? block_top : top, keep = exp1(top - next);
-  Floats sums = Floats::zero();
-  for (int64_t j = 0; j < kBlock; j += lanes) {
-    const Floats share = exp(Floats::load(scores + j) - Floats(next));
-    share.store(scores + j);
-    sums = sums + share;
+}
+
+// Moves the rows' maxima on, and says in work.keep how much of what came before remains.
+template <class S>
+void find_tops(const Call& call, const Queries& tile, int64_t block, const Work<S>& work, State state) {
+  const bool plain = is_plain(call);
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const Scored row = scored(call, tile, block, work.scores, r);
+    float top = kMinusInfinity;
+    if (row.begin < row.end) {
+      if (!plain) to_logits(call, row, tile.query_head(r), tile.position(r) - block);
+      if (row.begin > 0 || row.end < kBlock) row.hide();
+      top = row.most() * (plain ? call.scale : 1.0f);
+    }
+    work.tops[r] = top > state.top[r] ? top : state.top[r];
   }
-  total = total * keep + sum(sums);
-  top = next;
-  return keep;
+  for (int64_t r = 0; r < rounded_up(tile.rows, lanes); r += lanes) {
+    const Floats before = Floats::load(state.top + r), now = Floats::load(work.tops + r);
+    // Where no key was seen yet there is nothing to keep, whatever it is multiplied by.
+    const Floats keep = exp(before - now);
+    Floats(now.raw == before.raw ? Floats(1.0f).raw : keep.raw).store(work.keep + r);
+    now.store(state.top + r);
+  }
+}
+
+// Turns a row's scores into its shares of the block, and adds these to its sum.
+template <class S>
+void share_out(const Call& call, const Queries& tile, int64_t block, const Work<S>& work, State state, int64_t r) {
+  using Row = typename Work<S>::Row;
+  const Scored row = scored(call, tile, block, work.scores, r);
+  auto* shares = work.shares + r * Row::kRow;
+  if (row.begin >= row.end) {
+    memset(shares, 0, Row::kRow * sizeof *shares);
+    return;
+  }
+  const Floats factor(is_plain(call) ? call.scale : 1.0f), top(-state.top[r]);
+  Floats sums = Floats::load(state.total + r * lanes) * Floats(work.keep[r]);
+  for (int64_t j = 0; j < kBlock; j += 2 * lanes, shares += 2 * lanes * Row::kRow / kBlock) {
+    const Floats low = Row::of(fma(Floats::load(row.at(j)), factor, top));
+    const Floats high = Row::of(fma(Floats::load(row.at(j + lanes)), factor, top));
+    sums = sums + low;
+    sums = sums + high;
+    Row::put(shares, low, high);
+  }
+  sums.store(state.total + r * lanes);
 }
 
 // Advances the rows' states by a block of keys and values.
-template <class Vectors>
-void attend_vectors(const Call& call, const Tile& tile, int64_t block, const Work& work, State state, Vectors keys,
-                    Vectors values) {
-  const int64_t padded = call.padded(), value_padded = call.value_padded(), count = at_most(tile.end_key - block, kBlock);
-  in_fours(tile.rows, [&](int64_t r, int height) {
-    constexpr void (*by_height[])(const float*, const Vectors&, float*, int64_t, int64_t) = {
-        score<1, Vectors>, score<2, Vectors>, score<3, Vectors>, score<4, Vectors>};
-    by_height[height - 1](work.q + r * padded, keys, work.scores + r * kBlock, count, padded);
-  });
+template <class Stored, class S>
+void attend_block(const Call& call, const Queries& tile, int64_t block, const Work<S>& work, const Places& here,
+                  const Places& next, State state) {
+  const Foresight ahead{next, call.row_bytes};
+  using W = typename S::Weight;
+  constexpr int kRow = Work<S>::Row::kRow;
+  const Packer<Stored, W> packer{work.panels, work.plain, call.dim};
+  const int64_t count = at_most(rounded_up(tile.end_key - block, kWords), kBlock);
+  const Rows runs(tile.rows, kRows);
+  packer.keys(here.keys(), count, ahead);
+  for (int64_t p = 0; p * kPanel < count; p++)
+    for (int64_t i = 0; i < runs.tiles; i++) {
+      const W* panel = work.panels + p * work.steps * kPanel * S::inputs;
+      kTiles<S>.one[runs.height(i)](panel, 0, work.q + runs.begin(i) * work.steps * S::values, work.steps,
+                                    work.scores + (p * tile.rows + runs.begin(i)) * kPanel, false,
+                                    i ? Ahead<W>{panel, 0} : ahead.during<W>(work.steps, p * kPanel / 2, (p + 1) * kPanel / 2));
+    }
+  find_tops(call, tile, block, work, state);
   for (int64_t r = 0; r < tile.rows; r++) {
-    const int64_t position = tile.position(r), head = tile.query_head(r);
-    int64_t begin = call.window ? position - call.window + 1 - block : 0;
-    int64_t end = call.end_key(tile.sequence, tile.token(r), position) - block;
-    begin = begin < 0 ? 0 : at_most(begin, kBlock);
-    end = end < 0 ? 0 : at_most(end, kBlock);
-    const float slope = call.slopes ? call.slopes[head] : 0;
-    const float* relative = call.relative ? call.relative + head * (2 * call.most + 1) : nullptr;
-    work.keep[r] = weigh(call, work.scores + r * kBlock, begin, end, slope, relative, position - block, state.top[r],
-                         state.total[r]);
+    ahead.fetch(kBlock + 24 + 16 * r / tile.rows, kBlock + 24 + 16 * (r + 1) / tile.rows);
+    share_out(call, tile, block, work, state, r);
   }
-  in_fours(tile.rows, [&](int64_t r, int height) {
-    constexpr void (*by_height[])(float*, const float*, const float*, const Vectors&, int64_t, int64_t) = {
-        add_values<1, Vectors>, add_values<2, Vectors>, add_values<3, Vectors>, add_values<4, Vectors>};
-    by_height[height - 1](state.out + r * value_padded, work.keep + r, work.scores + r * kBlock, values, count, value_padded);
-  });
+  packer.values(here.values(), count, call.value_dim, ahead);
+  const int64_t panels = call.value_panels();
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t i = 0; i < runs.tiles; i++) {
+      const W* panel = work.panels + p * kBlock * kPanel;
+      float* out = state.out + (p * tile.rows + runs.begin(i)) * kPanel;
+      for (int64_t r = 0; r < runs.height(i); r++)
+        if (work.keep[runs.begin(i) + r] != 1) scale(out + r * kPanel, kPanel, work.keep[runs.begin(i) + r]);
+      const int64_t first = kBlock / 2 + kBlock / 2 * p / panels, last = kBlock / 2 + kBlock / 2 * (p + 1) / panels;
+      const bool asks = i == 0 && first < last;
+      const Ahead<W> next_rows = asks ? ahead.during<W>(count / S::inputs, first, last) : Ahead<W>{panel, 0};
+      kRowTiles<S, kRow>.one[runs.height(i)](panel, 0, work.shares + runs.begin(i) * kRow, count / S::inputs, out, true, next_rows);
+    }
 }
 
-template <class Rows>
-void attend_block(const Call& call, const Tile& tile, int64_t block, const Work& work, State state) {
-  if (tile.rows > kFewRows || call.dim % lanes || call.value_dim % lanes) {
-    gather<Rows>(call, tile, block, work);
-    attend_vectors(call, tile, block, work, state, Widened{work.keys, call.padded()}, Widened{work.values, call.value_stride()});
-    return;
-  }
-  const Places here(call, tile, block, work.zeros), next(call, tile, block + kBlock, work.zeros);
-  attend_vectors(call, tile, block, work, state, InPlace<Rows>{here.keys, next.keys, call.dim},
-                 InPlace<Rows>{here.values, next.values, call.dim});
-}
-
-template <class Rows>
-void attend_split(const Call& call, const Tile& tile, int64_t split, const Work& work, State state) {
-  state.clear(tile.rows, call.value_padded());
+template <class Stored, class S>
+void attend_split(const Call& call, const Queries& tile, int64_t split, const Work<S>& work, State state) {
+  state.clear();
   int64_t block = split * kSplit;
   if (block < tile.begin_key) block = tile.begin_key / kBlock * kBlock;
-  for (; block < tile.end_key && block < (split + 1) * kSplit; block += kBlock)
-    attend_block<Rows>(call, tile, block, work, state);
+  Places here, next;
+  find(call, tile, block, work.zeros, here);
+  for (; block < tile.end_key && block < (split + 1) * kSplit; block += kBlock) {
+    find(call, tile, block + kBlock, work.zeros, next);
+    attend_block<Stored, S>(call, tile, block, work, here, next, state);
+    here = next;
+  }
 }
 
-void load_queries(const Call& call, const Tile& tile, float* to) {
+template <class S>
+void load_queries(const Call& call, const Queries& tile, const Work<S>& work) {
   with_dtype(call.q_dtype, [&](auto type) {
     using Q = typename decltype(type)::type;
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const Q* from = (const Q*)call.q + tile.token(r) * call.q_token + tile.query_head(r) * call.q_head;
-      widen(to + r * call.padded(), from, call.dim, call.padded());
+    if constexpr (std::is_same<typename S::X, float>::value || std::is_same<Q, Bfloat16>::value) {
+      // Together, in the block's place: it comes later.
+      Q* rows = (Q*)work.panels;
+      const Rows runs(tile.rows, kRows);
+      for (int64_t i = 0; i < runs.tiles; i++) {
+        for (int64_t r = 0; r < runs.height(i); r++) {
+          const int64_t row = runs.begin(i) + r;
+          memcpy(rows + r * call.dim, (const Q*)call.q + tile.token(row) * call.q_token + tile.query_head(row) * call.q_head,
+                 call.dim * sizeof(Q));
+        }
+        lay_out<kRows>(work.q + runs.begin(i) * work.steps * S::values, rows, call.dim, runs.height(i), 0, work.steps * S::inputs,
+                       call.dim);
+      }
     }
   });
 }
 
-void store_out(const Call& call, const Tile& tile, State state) {
+void store_out(const Call& call, const Queries& tile, State state) {
   with_dtype(call.q_dtype, [&](auto type) {
     using Q = typename decltype(type)::type;
     for (int64_t r = 0; r < tile.rows; r++) {
       const int64_t head = tile.query_head(r);
       Q* to = (Q*)call.out + (tile.token(r) * call.q_heads + head) * call.value_dim;
-      const float* from = state.out + r * call.value_padded();
       const Floats scale(state.scale(r, call.sinks ? call.sinks + head : nullptr));
       for (int64_t d = 0; d < call.value_dim; d += lanes) {
-        const Floats y = Floats::load(from + d) * scale;
+        const Floats y = Floats::load(state.out + (d / kPanel * tile.rows + r) * kPanel + d % kPanel) * scale;
         call.value_dim - d >= lanes ? y.store(to + d) : y.store(to + d, call.value_dim - d);
       }
     }
@@ -271,7 +296,7 @@ void store_out(const Call& call, const Tile& tile, State state) {
 }
 
 // The keys that some row of a tile sees, and the splits that they lie in.
-void find_keys(const Call& call, Tile& tile) {
+void find_keys(const Call& call, Queries& tile) {
   const int64_t tokens = tile.rows / tile.heads;
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t end = call.end_key(tile.sequence, tile.first_token + t, tile.first_position + t);
@@ -284,7 +309,7 @@ void find_keys(const Call& call, Tile& tile) {
 }
 
 // Lists the tiles; says how many there are. With no list it only counts.
-int64_t list_tiles(const Call& call, Tile* tiles) {
+int64_t list_tiles(const Call& call, Queries* tiles) {
   int64_t count = 0;
   // Many query heads over one key head share out among tiles of one token each.
   const int64_t group = call.group(), parts = (group + kTileRows - 1) / kTileRows, most = parts > 1 ? 1 : kTileRows / group;
@@ -295,7 +320,7 @@ int64_t list_tiles(const Call& call, Tile* tiles) {
         for (int64_t part = 0; part < parts; part++, count++) {
           if (!tiles) continue;
           const int64_t first_head = group * part / parts, heads = group * (part + 1) / parts - first_head;
-          Tile& tile = tiles[count];
+          Queries& tile = tiles[count];
           tile = {n, head, head * group + first_head, heads, start + t, at_most(tokens - t, most) * heads,
                   call.contexts[n] - tokens + t, 0, 0, 0, 0, 0};
           find_keys(call, tile);
@@ -304,49 +329,62 @@ int64_t list_tiles(const Call& call, Tile* tiles) {
   return count;
 }
 
-template <class Rows>
-void attend_whole(const Call& call, const Tile& tile) {
-  const int64_t padded = call.value_padded();
-  const Work work(call, tile.rows);
-  load_queries(call, tile, work.q);
-  State all(work.all, tile.rows), split(work.split, tile.rows);
-  all.clear(tile.rows, padded);
+template <class Stored, class S>
+void attend_whole(const Call& call, const Queries& tile) {
+  const Work<S> work(call, tile.rows);
+  load_queries(call, tile, work);
+  State all(work.all, tile.rows, call.value_panels()), split(work.split, tile.rows, call.value_panels());
+  all.clear();
   for (int64_t s = 0; s < tile.splits; s++) {
-    attend_split<Rows>(call, tile, tile.first_split + s, work, split);
-    merge(all, split, tile.rows, padded);
+    attend_split<Stored>(call, tile, tile.first_split + s, work, split);
+    merge(all, split);
   }
   store_out(call, tile, all);
 }
 
 // One task per tile and split, then one per tile to merge.
-template <class Rows>
-void attend_apart(const Call& call, Tile* tiles, int64_t count) {
-  const int64_t padded = call.value_padded();
+template <class Stored, class S>
+void attend_apart(const Call& call, Queries* tiles, int64_t count) {
+  const int64_t panels = call.value_panels();
   size_t floats = 0;
   int64_t tasks = 0;
   for (int64_t i = 0; i < count; i++) {
     tiles[i].state = floats;
-    floats += tiles[i].splits * State::floats(tiles[i].rows, padded);
+    floats += tiles[i].splits * State::floats(tiles[i].rows, panels);
     tasks += tiles[i].splits;
   }
   float* states = (float*)scratch(kCall, floats * sizeof(float));
+  const auto state = [&](const Queries& tile, int64_t split) {
+    return State(states + tile.state + split * State::floats(tile.rows, panels), tile.rows, panels);
+  };
   parallel_for(tasks, [&](int64_t task) {
     int64_t i = 0;
     while (task >= tiles[i].splits) task -= tiles[i++].splits;
-    const Tile& tile = tiles[i];
-    const Work work(call, tile.rows);
-    load_queries(call, tile, work.q);
-    float* state = states + tile.state + task * State::floats(tile.rows, padded);
-    attend_split<Rows>(call, tile, tile.first_split + task, work, State(state, tile.rows));
+    const Queries& tile = tiles[i];
+    const Work<S> work(call, tile.rows);
+    load_queries(call, tile, work);
+    attend_split<Stored>(call, tile, tile.first_split + task, work, state(tile, task));
   });
   parallel_for(count, [&](int64_t i) {
-    const Tile& tile = tiles[i];
-    State all(Work(call, tile.rows).all, tile.rows);
-    all.clear(tile.rows, padded);
-    for (int64_t s = 0; s < tile.splits; s++)
-      merge(all, State(states + tile.state + s * State::floats(tile.rows, padded), tile.rows), tile.rows, padded);
+    const Queries& tile = tiles[i];
+    State all((float*)scratch(kTask, State::floats(tile.rows, panels) * sizeof(float)), tile.rows, panels);
+    all.clear();
+    for (int64_t s = 0; s < tile.splits; s++) merge(all, state(tile, s));
     store_out(call, tile, all);
   });
+}
+
+// Calls f(Type<S>{}) with how a step multiplies: pairs of bfloat16 where queries and pool are such, else float32.
+template <class Stored, class F>
+void with_products([[maybe_unused]] const Call& call, const F& f) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same<Stored, StoredRows<Bfloat16>>::value)
+    if (call.q_dtype == 1) return f(Type<Dot>{});
+#endif
+  if constexpr (std::is_same<Stored, StoredRows<Bfloat16>>::value)
+    f(Type<Widened<Bfloat16>>{});
+  else
+    f(Type<Widened<float>>{});
 }
 
 }  // namespace
@@ -366,16 +404,19 @@ KVRUN_OP(paged_attention)
                   page_tokens, pages,   q_token,      q_head,      window,      most,       scale,   softcap,
                   q_dtype,   row_bytes};
   const int64_t count = list_tiles(call, nullptr);
-  Tile* tiles = (Tile*)scratch(kCallTable, count * sizeof(Tile));
+  Queries* tiles = (Queries*)scratch(kCallTable, count * sizeof(Queries));
   list_tiles(call, tiles);
   int64_t splits = 0;
   for (int64_t i = 0; i < count; i++) splits += tiles[i].splits;
   const bool apart = count < 4 * thread_count() && splits > count;
   with_stored_rows(pool_dtype, [&](auto rows) {
-    using Rows = decltype(rows);
-    if (apart)
-      attend_apart<Rows>(call, tiles, count);
-    else
-      parallel_for(count, [&](int64_t i) { attend_whole<Rows>(call, tiles[i]); });
+    using Stored = decltype(rows);
+    with_products<Stored>(call, [&](auto step) {
+      using S = typename decltype(step)::type;
+      if (apart)
+        attend_apart<Stored, S>(call, tiles, count);
+      else
+        parallel_for(count, [&](int64_t i) { attend_whole<Stored, S>(call, tiles[i]); });
+    });
   });
 }
