@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from kvrun.dist import Group
 from kvrun.errors import ConfigError, FilesError, Unsupported
 from kvrun.nn.build import load_model
 from kvrun.weights.checkpoint import Checkpoint
+from kvrun.weights.load import whole
 from kvrun.weights.naming import probe
 from kvrun.weights.plan import Cut, plan_model
 from kvrun.weights.shard import Axes
@@ -356,3 +359,22 @@ def test_reading_the_description_of_a_folder_opens_no_weights(copy):
     config, model = models.read(folder)
     assert config.architecture == "LlamaForCausalLM" and len(model.decoder.layers) == 2
     assert replace(model, positions=1) != model
+
+
+def test_threads_that_come_at_once_read_the_same_file(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    stored = {f"t{number}": torch.full((64, 64), float(number)) for number in range(8)}
+    save_file(stored, tmp_path / "model.safetensors")
+    opened, together = Path.open, threading.Barrier(len(stored))
+
+    def slow(path: Path, *args, **options):
+        if options.get("buffering") == 0:
+            together.wait(10)  # all of them find no open file
+        return opened(path, *args, **options)
+
+    checkpoint = Checkpoint.open(tmp_path)
+    monkeypatch.setattr(Path, "open", slow)
+    with ThreadPoolExecutor(len(stored)) as pool:
+        assert all(pool.map(lambda name: whole(checkpoint, name).equal(stored[name]), stored))
+        for name in stored:
+            assert whole(checkpoint, name).equal(stored[name])

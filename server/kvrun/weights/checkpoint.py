@@ -92,11 +92,11 @@ class Checkpoint:
         from kvrun.weights.reading import Stored
 
         entry = self.entries[name]
-        return Stored(self._open(entry.file).fileno(), entry.begin, entry.shape, torch_dtype(entry.dtype))
+        return Stored(self._open(entry.file), entry.begin, entry.shape, torch_dtype(entry.dtype))
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
-            self._handles[file] = file.open("rb", buffering=0)
+            self._handles.setdefault(file, file.open("rb", buffering=0))  # another thread may have come first
         return self._handles[file]
 
 

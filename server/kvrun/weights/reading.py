@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ def fill(descriptor: int, start: int, into: memoryview) -> None:
 class Stored:
     """A tensor in a file, from whose parts other tensors are filled."""
 
-    def __init__(self, descriptor: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._descriptor, self._start, self._shape, self._dtype = descriptor, start, shape, dtype
+    def __init__(self, file: FileIO, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """The tensor's bytes begin at `start`; the file stays open for as long as this is held."""
+        self._file, self._start, self._shape, self._dtype = file, start, shape, dtype
 
     def copy(self, chosen: tuple[slice, ...], out: Tensor) -> None:
         """Write the part of these ranges, one for each dimension, into `out`, converting to its dtype."""
@@ -72,7 +74,7 @@ class Stored:
         start += first * row
         whole = all(part.stop - part.start == length for part, length in zip(others, shape[1:], strict=True))
         if whole and out.dtype == self._dtype and out.is_contiguous() and out.device == torch.device("cpu"):
-            fill(self._descriptor, start, _bytes(out))
+            fill(self._file.fileno(), start, _bytes(out))
             return
         rows, ranges = out if chosen else out.unsqueeze(0), (slice(None), *others)
         step = max(1, CHUNK // max(row, 1))
@@ -80,7 +82,7 @@ class Stored:
         for at in range(0, len(rows), step):
             part = rows[at : at + step]
             read = buffer[: len(part) * row]
-            fill(self._descriptor, start + at * row, _bytes(read))
+            fill(self._file.fileno(), start + at * row, _bytes(read))
             part.copy_(read.view(self._dtype).view(len(part), *shape[1:])[ranges])
 
 
