@@ -2,7 +2,7 @@
 
     PYTHONPATH=server:server/tests python server/tests/draws.py [--first N] [ROW...]
 
-prints that for each row's own seed, or, from seed N on, the first seed with which it is no more than SETTLED, as it is with every row's own.
+prints that for each row's own seed, or, from seed N on, the first seed with which it is no more than SETTLED, as with every row's own.
 All of it is computed by transformers and peft: what this server answers chooses no draw.
 """
 

@@ -31,6 +31,8 @@ from test_parity import attentions, mutated, prompts
 from tiny import CLOSE, distance, oracle, write_checkpoint
 
 LENGTHS = (1, 7, 20)
+# Of the logits' standard deviation: no draw was chosen for these adapters, with which a last bit may choose between experts.
+CLOSE_CHOICES = 1e-3
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PARAMETERS = {
     "mixtral": {"target_modules": ["q_proj"], "target_parameters": [*BOTH, "mlp.gate.weight"]},
@@ -56,9 +58,9 @@ def test_adapters_of_all_experts_at_once_answer_as_peft_s_beside_others_and_none
     rows = [(first + n, ids) for n, ids in enumerate(asked) for first in (0, 100, 200)]
     pieces = runner.step(rows).split([len(ids) for _, ids in rows])
     plain, three, eight = (torch.cat(pieces[first::3]) for first in range(3))
-    assert distance(plain, torch.cat(oracle(folder, asked))) < CLOSE
+    assert distance(plain, torch.cat(oracle(folder, asked))) < CLOSE_CHOICES
     for found, rank in ((three, 3), (eight, 8)):
-        assert distance(found, torch.cat(peft_logits(folder, tmp_path / str(rank), asked))) < CLOSE
+        assert distance(found, torch.cat(peft_logits(folder, tmp_path / str(rank), asked))) < CLOSE_CHOICES
         assert distance(found, plain) > 0.1, "the adapter changes too little to prove anything"
 
 
