@@ -1,8 +1,10 @@
 """Who holds what, and what a checkpoint must and must not contain."""
 
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -365,7 +367,11 @@ def test_threads_that_come_at_once_read_the_same_file(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     stored = {f"t{number}": torch.full((64, 64), float(number)) for number in range(8)}
     save_file(stored, tmp_path / "model.safetensors")
-    opened, together = Path.open, threading.Barrier(len(stored))
+    opened, together, read = Path.open, threading.Barrier(len(stored)), os.preadv
+
+    def late(*args):
+        time.sleep(0.1)  # the others have opened the file by then
+        return read(*args)
 
     def slow(path: Path, *args, **options):
         if options.get("buffering") == 0:
@@ -374,6 +380,7 @@ def test_threads_that_come_at_once_read_the_same_file(tmp_path, monkeypatch):
 
     checkpoint = Checkpoint.open(tmp_path)
     monkeypatch.setattr(Path, "open", slow)
+    monkeypatch.setattr(os, "preadv", late)
     with ThreadPoolExecutor(len(stored)) as pool:
         assert all(pool.map(lambda name: whole(checkpoint, name).equal(stored[name]), stored))
         for name in stored:
