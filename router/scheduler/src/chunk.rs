@@ -7,9 +7,13 @@
 use crate::Time;
 
 /// Least tokens that prompts get in a step, whatever they cost, so that they always advance.
-const LEAST: f64 = 16.0;
+const LEAST: f64 = 8.0;
+/// What they get before anything is known.
+const FIRST: f64 = 16.0;
 /// A step that computes prompts beside decoding rows may take so many times what these take alone.
 const SLOWDOWN: f64 = 2.0;
+/// What is allowed grows by at most so much from a step to the next and falls at once: streams notice the slowest steps.
+const GROWTH: f64 = 1.5;
 /// Less counts as so much, in seconds.
 const INSTANT: f64 = 1e-6;
 
@@ -24,7 +28,7 @@ pub(crate) struct Chunk {
 impl Default for Chunk {
     fn default() -> Self {
         Self {
-            tokens: LEAST,
+            tokens: FIRST,
             alone: [None; u32::BITS as usize],
         }
     }
@@ -59,8 +63,7 @@ impl Chunk {
         let fits = f64::from(prompt) * SLOWDOWN * alone / took;
         // That a few tokens were fast does not say what many would be.
         if prompt == allowed || fits < f64::from(prompt) {
-            let next = (self.tokens + fits.min(2.0 * self.tokens)) / 2.0;
-            self.tokens = next.max(LEAST);
+            self.tokens = fits.min(GROWTH * self.tokens).max(LEAST);
         }
     }
 }
