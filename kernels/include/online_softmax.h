@@ -11,6 +11,34 @@ constexpr int64_t kBlock = 64;
 constexpr int lanes = Floats::width;
 constexpr float kMinusInfinity = -__builtin_inff();
 
+int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+// The learned bias of as many keys as there are lanes, the first of them `away` keys past the query.
+Floats bias_of(const float* relative, int64_t away, int64_t most) {
+  const int64_t first = away + most, last = first + lanes - 1;
+  if (first >= 0 && last <= 2 * most) return Floats::load(relative + first);
+  float all[lanes];
+  for (int64_t i = 0; i < lanes; i++) all[i] = relative[first + i < 0 ? 0 : at_most(first + i, 2 * most)];
+  return Floats::load(all);
+}
+
+// One row's scores of a block, of which it sees keys `begin` to `end`; its panels lie `apart`.
+struct Scored {
+  float* scores;
+  int64_t apart, begin, end;
+  float* at(int64_t j) const { return scores + j / kPanel * apart + j % kPanel; }
+
+  void hide() const {
+    for (int64_t j = 0; j < begin; j++) *at(j) = kMinusInfinity;
+    for (int64_t j = end; j < kBlock; j++) *at(j) = kMinusInfinity;
+  }
+  float most() const {
+    Floats best = Floats::load(at(0));
+    for (int64_t j = lanes; j < kBlock; j += lanes) best = max(Floats::load(at(j)), best);
+    return largest(best);
+  }
+};
+
 // Running output, sum and maximum of each row; lies in memory as [panels of the head][rows][kPanel] [rows][lanes] [rows].
 // The sum stays apart by lanes until it is complete; maxima end with a whole vector.
 struct State {

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kSplit = 512, kTileRows = 96;
 
-int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 struct Call {
@@ -105,32 +104,6 @@ void find(const Call& call, const Queries& tile, int64_t block, const char* hidd
       places.rows[j] = at, places.rows[kBlock + j] = at + apart;
   }
 }
-
-// The learned bias of as many keys as there are lanes, the first of them `away` keys past the query.
-Floats bias_of(const float* relative, int64_t away, int64_t most) {
-  const int64_t first = away + most, last = first + lanes - 1;
-  if (first >= 0 && last <= 2 * most) return Floats::load(relative + first);
-  float all[lanes];
-  for (int64_t i = 0; i < lanes; i++) all[i] = relative[first + i < 0 ? 0 : at_most(first + i, 2 * most)];
-  return Floats::load(all);
-}
-
-// One row's scores of a block, of which it sees keys `begin` to `end`; its panels lie `apart`.
-struct Scored {
-  float* scores;
-  int64_t apart, begin, end;
-  float* at(int64_t j) const { return scores + j / kPanel * apart + j % kPanel; }
-
-  void hide() const {
-    for (int64_t j = 0; j < begin; j++) *at(j) = kMinusInfinity;
-    for (int64_t j = end; j < kBlock; j++) *at(j) = kMinusInfinity;
-  }
-  float most() const {
-    Floats best = Floats::load(at(0));
-    for (int64_t j = lanes; j < kBlock; j += lanes) best = max(Floats::load(at(j)), best);
-    return largest(best);
-  }
-};
 
 Scored scored(const Call& call, const Queries& tile, int64_t block, float* scores, int64_t r) {
   const int64_t position = tile.position(r);
