@@ -11,7 +11,7 @@ GPT_OSS = {**LLAMA, **YARN, "head_dim": 16, "num_local_experts": 4, "num_experts
 def gentle(model: torch.nn.Module) -> None:
     """Give queries and keys the size of what they are of: a token looks at many others, and at the sinks.
 
-    With keys as large as elsewhere, hundreds of draws all let the last bit of a float32 decide among keys or experts.
+    With keys as large as elsewhere, the last bit of a float32 decides among keys or experts in every draw that was tried.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
