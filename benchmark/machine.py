@@ -40,7 +40,7 @@ class Limits:
         square = ops.pack_linear(torch.ones(2048, 2048, dtype=torch.bfloat16))
         rows = torch.ones(512, 2048, dtype=torch.bfloat16)
         own = 2 * 512 * 2048**2 / self.clock.seconds_of(lambda: ops.linear(rows, square))
-        return {"kernel": own} | {str(d).removeprefix("torch."): matmul_rate(d, self.clock) for d in (torch.float32, torch.bfloat16)}
+        return {"kernel": own} | {str(d).removeprefix("torch."): matmul_rate(d, self.clock, 2048) for d in (torch.float32, torch.bfloat16)}
 
 
 def cores() -> int:

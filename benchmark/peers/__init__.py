@@ -76,7 +76,9 @@ class Setup:
 class Peer(Protocol):
     """One way to serve a model over HTTP."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
 
     def label(self, setup: Setup) -> str:
         """The name of a table's row."""
@@ -105,7 +107,6 @@ def find(root: Path, llama_cpp: Path | None, vllm: Path | None, threads: int) ->
     from .vllm import Vllm
 
     yield KvRun(root / ".venv" / "bin", threads)
-    if found := LlamaCpp.find(llama_cpp, threads):
-        yield found
-    if found := Vllm.find(vllm, threads):
-        yield found
+    for peer in (LlamaCpp.find(llama_cpp, threads), Vllm.find(vllm, threads)):
+        if peer:
+            yield peer

@@ -44,7 +44,7 @@ class LlamaCpp:
             self.convert("convert_hf_to_gguf.py", model, "--outtype", "bf16", "--outfile", model / "bf16.gguf")
         if not self.weights(setup).exists():
             quantize = self.source() / "build" / "bin" / "llama-quantize"
-            made = [quantize, model / "bf16.gguf", self.weights(setup), TYPES[setup.weights].upper()]
+            made: list[str | Path] = [quantize, model / "bf16.gguf", self.weights(setup), TYPES[setup.weights].upper()]
             subprocess.run(made, check=True, capture_output=True)
         for adapter in setup.adapters:
             out = adapter / "adapter.gguf"
