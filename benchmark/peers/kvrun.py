@@ -58,7 +58,7 @@ class KvRun:
 
     def step_bytes(self, setup: Setup) -> int:
         """As the plan counts them, without the embedding, of which a step reads a row for each sequence."""
-        inspect: list[str | Path] = [self.programs / "text-generation-server", "inspect", setup.model.folder, "--dtype", "bfloat16", "--json"]
-        inspect += ["--quantize", QUANTIZE[setup.weights] or ""]
-        said = subprocess.run(inspect, check=True, capture_output=True).stdout
+        program, quantize = self.programs / "text-generation-server", QUANTIZE[setup.weights] or ""
+        asked = ["--dtype", "bfloat16", "--json", "--quantize", quantize]
+        said = subprocess.run([program, "inspect", setup.model.folder, *asked], check=True, capture_output=True).stdout
         return json.loads(said)["model"]["rank_weight_bytes"] - 2 * setup.model.head_parameters
