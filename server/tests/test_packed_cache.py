@@ -9,6 +9,8 @@ import pytest
 import torch
 from kvrun.nn.build import load_model
 from kvrun.nn.loaded import LoadedModel
+from kvrun.quant import packed_cache
+from kvrun.weights.load import Loader
 
 WAYS = [
     ("llama", {"dtype": "float32"}),
@@ -61,9 +63,12 @@ def test_a_second_start_computes_the_same(row, how, checkpoint, tmp_path):
 def test_the_second_start_reads_no_weight_of_the_checkpoint_again(folder, tmp_path, monkeypatch):
     load_model(folder, packed_cache=tmp_path / "kept")
     read = []
-    monkeypatch.setattr("kvrun.weights.load.Loader.linear", lambda *_: read.append(_))
+    for way in ("linear", "rows"):
+        monkeypatch.setattr(Loader, way, lambda *_: read.append(_))
     load_model(folder, packed_cache=tmp_path / "kept")
     assert read == []
+    with pytest.raises(TypeError):  # which is how a first start would end
+        load_model(folder, packed_cache=tmp_path / "other")
 
 
 def test_each_way_to_load_has_weights_of_its_own(folder, tmp_path):
@@ -72,6 +77,16 @@ def test_each_way_to_load_has_weights_of_its_own(folder, tmp_path):
         before = len([*kept.iterdir()]) if kept.exists() else 0
         load_model(folder, packed_cache=kept, **how)
         assert len([*kept.iterdir()]) == before + 1
+
+
+def test_another_program_packs_anew(folder, tmp_path, monkeypatch):
+    program, kept = tmp_path / "program", tmp_path / "kept"
+    program.mkdir()
+    monkeypatch.setattr(packed_cache, "PACKAGES", (program,))
+    for source in ("rounds one way", "rounds the other way"):
+        (program / "made.py").write_text(source)
+        load_model(folder, packed_cache=kept)
+    assert len([*kept.iterdir()]) == 2
 
 
 def test_a_checkpoint_written_anew_is_packed_anew(folder, tmp_path):

@@ -16,7 +16,7 @@ from kvrun.weights.plan import Cut, Role
 
 GROUP = 32  # inputs that share a scale in kv.run's own 4-bit form
 INT8 = 127  # steps to the largest magnitude
-ROWS = 1024  # outputs that are made codes of at once: each has scales of its own, and float32 copies stay small
+AT_ONCE = 1 << 17  # numbers that are made codes of at a time: copies of them in float32 stay in a cache
 SMALLEST = 1e-12  # a row of zeros keeps a scale that can be divided by
 
 
@@ -43,8 +43,8 @@ class Made:
 
 
 def encoded(weight: Tensor, encode: Callable[[Tensor], Codes]) -> Codes:
-    """Codes of a weight [out, in] of any type, made of few rows at a time."""
-    return joined([encode(rows.float()) for rows in weight.split(ROWS)])
+    """Codes of a weight [out, in] of any type, made of few rows at a time: each has scales of its own."""
+    return joined([encode(rows.float()) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))])
 
 
 def per_output(weight: Tensor, levels: int) -> Codes:

@@ -30,6 +30,7 @@ from kvrun.weights.checkpoint import raw_header
 from kvrun.weights.load import torch_dtype
 
 log = logging.getLogger("kvrun.weights")
+PACKAGES = (Path(__file__).parents[1], LIBRARY.parent)  # kvrun, kvrun_kernels
 CLASSES: dict[str, type] = {c.__name__: c for c in (DenseLinear, CodedLinear, Stacked, PackedLinear, PackedQuantized)}
 # safetensors' names of what packed weights are made of.
 DTYPES = {
@@ -54,8 +55,7 @@ class PackedCache:
         self._made: list[QuantizedLinear] = []
         if folder is None:
             return
-        layout = hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else "reference"
-        key = hashlib.sha256(json.dumps([layout, *map(str, decisive)]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([_program(), *map(str, decisive)]).encode()).hexdigest()
         self.file = folder / f"{key[:32]}.safetensors"
         if not self.file.exists():
             return
@@ -96,6 +96,15 @@ class PackedCache:
         except OSError as error:
             log.warning("packed weights cannot be kept in %s: %s; the next start packs them again", self.file.parent, error)
         self._made.clear()
+
+
+def _program() -> str:
+    """A digest of what packs weights and decides their order: this package and the kernels."""
+    files = [file for package in PACKAGES for file in sorted(package.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in (*files, *filter(Path.exists, (LIBRARY,))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _write(file: Path, weights: list[QuantizedLinear]) -> None:
