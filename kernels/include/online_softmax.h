@@ -9,7 +9,7 @@ namespace {
 // Keys that are scored together, counted from position 0.
 constexpr int64_t kBlock = 64;
 constexpr int lanes = Floats::width;
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kMinusInfinity = -__builtin_inff(), kLowest = -__FLT_MAX__;
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 

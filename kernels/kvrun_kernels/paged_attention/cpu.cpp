@@ -145,7 +145,9 @@ void find_tops(const Call& call, const Queries& tile, int64_t block, const Work<
     if (row.begin < row.end) {
       if (!plain) to_logits(call, row, tile.query_head(r), tile.position(r) - block);
       if (row.begin > 0 || row.end < kBlock) row.hide();
-      top = row.most() * (plain ? call.scale : 1.0f);
+      // Scores that are no numbers are not the largest; beside a top that is a number their shares are NaN.
+      const float most = row.most() * (plain ? call.scale : 1.0f);
+      top = most > kLowest ? most : kLowest;
     }
     work.tops[r] = top > state.top[r] ? top : state.top[r];
   }
