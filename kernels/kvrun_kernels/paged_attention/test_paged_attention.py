@@ -88,6 +88,15 @@ def test_an_empty_sequence_beside_others(level, close):
     close(batch.run(), batch.expected())
 
 
+@pytest.mark.parametrize("context", (1, 2, 70, 1100))
+def test_a_key_that_is_no_number_makes_an_answer_that_is_none(level, dtype, context):
+    batch = Batch((1, 1), (context, context), dtype=dtype)
+    of_the_first = batch.page_table[0, (context - 1) // 16]
+    batch.pool[of_the_first, 0, :, (context - 1) % 16] = torch.nan
+    first, second = batch.run()
+    assert first.isnan().all() and second.isfinite().all()
+
+
 @pytest.mark.parametrize("options", ({}, {"window": 100, "softcap": 3.0}), ids=("plain", "window"))
 @pytest.mark.parametrize("q_heads,kv_heads", ((4, 4), (8, 2)))
 def test_chunks_of_any_size_give_the_same_bits(level, dtype, q_heads, kv_heads, options):
