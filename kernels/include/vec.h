@@ -94,6 +94,14 @@ struct Vec<float, I> {
 
   void store(float* p) const { memcpy(p, &raw, sizeof raw); }
   void store(Bfloat16* p) const {
+#if defined(__AVX512BF16__)
+    // The same, but for numbers below the least normal one, which become 0.
+    if constexpr (width == 16) {
+      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)raw);
+      memcpy(p, &rounded, sizeof rounded);
+      return;
+    }
+#endif
     const Words bits = (Words)raw, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     // Rounding would turn some NaNs into infinities.
     raw_store(p, raw == raw ? rounded : (bits >> 16) | 0x40, I{});

@@ -349,11 +349,12 @@ void attend_apart(const Call& call, Queries* tiles, int64_t count) {
   });
 }
 
-// Calls f(Type<S>{}) with how a step multiplies: pairs of bfloat16 where queries and pool are such, else float32.
+// Calls f(Type<S>{}) with how a step multiplies: pairs of bfloat16 where queries are such and it holds what the pool does (of
+// an int8 code times its scale, all but a last bit), else float32.
 template <class Stored, class F>
 void with_products([[maybe_unused]] const Call& call, const F& f) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same<Stored, StoredRows<Bfloat16>>::value)
+  if constexpr (!std::is_same<Stored, StoredRows<float>>::value && !std::is_same<Stored, StoredRows<Float16>>::value)
     if (call.q_dtype == 1) return f(Type<Dot>{});
 #endif
   if constexpr (std::is_same<Stored, StoredRows<Bfloat16>>::value)
