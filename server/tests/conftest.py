@@ -75,8 +75,3 @@ def engines(checkpoint, tmp_path_factory):
         return made[row, world]
 
     return reserved
-
-
-def pytest_collection_modifyitems(items):
-    """Tests on the stand-in for a GPU come last: a process that had one no longer computes every row to the bit as before."""
-    items.sort(key=lambda item: item.path.name == "test_device.py")

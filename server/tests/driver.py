@@ -12,7 +12,7 @@ from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
 from kvrun.lora.adapter import Adapter
-from kvrun.nn.build import load_model
+from kvrun.nn.build import LoadedModel, load_model
 
 PAGE_TOKENS, PAGES, STEP_TOKENS, SEQUENCES = 4, 600, 512, 64
 
@@ -21,7 +21,13 @@ class Ranks:
     """The engines of one group, each on a thread of its own, given the same calls; rank 0 answers."""
 
     def __init__(
-        self, folder: Path, world: int = 1, rendezvous: Path | None = None, dtype: str = "float32", quantize: str | None = None
+        self,
+        folder: Path,
+        world: int = 1,
+        rendezvous: Path | None = None,
+        dtype: str = "float32",
+        quantize: str | None = None,
+        load_model: Callable[..., LoadedModel] = load_model,
     ) -> None:
         self._threads = ThreadPoolExecutor(world)
         self.world = world

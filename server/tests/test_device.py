@@ -6,15 +6,15 @@ There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from subprocess import CompletedProcess
 from threading import local
 
-import driver
 import gpu_check
 import kvrun_kernels
 import pytest
 import torch
-from driver import Driver
+from driver import Driver, Ranks
 from elsewhere import GIB, LAUNCHES, Mixed, computing, gpus, settle
 from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, serving
 from kvrun.dist import Group
@@ -161,12 +161,11 @@ def test_logits_on_a_gpu_equal_transformers(row, truth, gpu, checkpoint, monkeyp
 
 
 @pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
-def on_gpus(request, checkpoint, tmp_path, monkeypatch):
+def on_gpus(request, checkpoint, tmp_path):
     """(row, world) -> the engines of that many ranks, each on a GPU, or on one that is not there."""
     _settle_on(request.param)
     if request.param == "cuda":
-        monkeypatch.setattr(driver, "load_model", lambda folder, **more: load_model(folder, device=Cuda(0), **more))
-        yield lambda row: driver.Ranks(checkpoint(row))
+        yield lambda row: Ranks(checkpoint(row), load_model=partial(load_model, device=Cuda(0)))
         return
     threads = local()
 
@@ -176,9 +175,8 @@ def on_gpus(request, checkpoint, tmp_path, monkeypatch):
         group._device = group._host and Wire(group._host)
         return load_model(folder, device=Cuda(group.rank), group=group, **more)
 
-    monkeypatch.setattr(driver, "load_model", load)
     with gpus(2):
-        yield lambda row, world=1: driver.Ranks(checkpoint(row), world, tmp_path / "rendezvous")
+        yield lambda row, world=1: Ranks(checkpoint(row), world, tmp_path / "rendezvous", load_model=load)
 
 
 class Wire:
@@ -221,7 +219,9 @@ def answers(ranks, way: Sampling, adapter=None) -> Driver:
 @pytest.mark.parametrize("way", WAYS)
 def test_an_engine_on_a_gpu_answers_as_one_on_the_host(way, engines, on_gpus):
     expected = answers(engines("llama"), WAYS[way])
-    found = answers(on_gpus("llama"), WAYS[way])
+    ranks = on_gpus("llama")
+    found = answers(ranks, WAYS[way])
+    assert [engine.describe()["device"] for engine in (*engines("llama").engines, *ranks.engines)] == ["cpu", "cuda:0"]
     assert found.answers == expected.answers and not found.errors
     assert "_attend" in LAUNCHES or not INTERPRETING
     for index in expected.prompts:
