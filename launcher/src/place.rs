@@ -56,16 +56,12 @@ impl Place {
 
     /// What a shard is told of it.
     pub fn arguments(&self, settings: &Settings) -> Vec<String> {
-        let mut words = match self {
-            Self::Cpu { .. } => vec!["--device".to_owned(), "cpu".to_owned()],
-            Self::Cuda(_) => {
-                let share = settings.cuda_memory_fraction;
-                format!("--device cuda --cuda-memory-fraction {share}")
-                    .split(' ')
-                    .map(str::to_owned)
-                    .collect()
-            }
+        let share = settings.cuda_memory_fraction.to_string();
+        let told: &[&str] = match self {
+            Self::Cpu { .. } => &["--device", "cpu"],
+            Self::Cuda(_) => &["--device", "cuda", "--cuda-memory-fraction", &share],
         };
+        let mut words: Vec<_> = told.iter().map(|&word| word.to_owned()).collect();
         if settings.strict_kernels {
             words.push("--strict-kernels".to_owned());
         }
