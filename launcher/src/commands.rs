@@ -18,6 +18,8 @@ pub struct Invocation {
     pub args: Vec<OsString>,
     /// The whole environment of the process.
     pub variables: Vec<(OsString, OsString)>,
+    /// The processors that the process is kept to; none: it may run on those that the launcher may.
+    pub processors: Vec<u32>,
 }
 
 /// Where the resolved model and adapters lie.
@@ -49,6 +51,7 @@ pub fn server(environment: &Environment, settings: &Settings, args: &[&OsStr]) -
         program: environment.programs.join(SERVER),
         args: args.iter().map(OsString::from).collect(),
         variables,
+        processors: Vec::new(),
     }
 }
 
@@ -90,9 +93,10 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
     if let Some(folder) = &settings.packed_cache {
         args.flag("--packed-cache", folder);
     }
-    args.flag("--num-threads", plan.threads.to_string());
-    let kept = plan.kv_cache.bytes + plan.state_bytes;
-    args.flag("--kv-cache-bytes", kept.to_string());
+    args.flag("--num-threads", plan.threads.count.to_string());
+    if let Some(bytes) = plan.kept_bytes(settings) {
+        args.flag("--kv-cache-bytes", bytes.to_string());
+    }
     args.flag("--adapter-bytes", plan.adapter_bytes.to_string());
     args.flag("--page-tokens", plan.kv_cache.page_tokens.to_string());
     args.word("--json-output");
@@ -114,6 +118,7 @@ pub fn shard(site: Site<'_>, rank: u32, generation: u32) -> Invocation {
         program: environment.programs.join(SERVER),
         args: args.0,
         variables,
+        processors: plan.threads.of_rank(rank).to_vec(),
     }
 }
 
@@ -225,6 +230,7 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
         program: environment.programs.join(ROUTER),
         args: args.0,
         variables,
+        processors: Vec::new(),
     }
 }
 
@@ -267,6 +273,7 @@ mod tests {
 
     use super::*;
     use crate::plan::KvCache;
+    use crate::threads::Threads;
 
     fn whole(flags: &[&str], variables: &[(&str, &str)]) -> [Invocation; 2] {
         let variables = variables
@@ -282,7 +289,11 @@ mod tests {
         let settings = Settings::check(args, &environment).expect("settings");
         let plan = Plan {
             place: crate::place::Place::Cpu { shards: 2 },
-            threads: 4,
+            threads: Threads {
+                count: 4,
+                processors: vec![vec![0, 1], vec![2, 3]],
+                remark: None,
+            },
             weight_bytes: 1,
             adapter_bytes: 7,
             kv_cache: KvCache {
@@ -357,6 +368,8 @@ mod tests {
             "--http-fd 5 --control-fd 6 --shard-uds-path /run/kvrun-1/shard --num-shard 2 --tokenizer-name /models/m"
         ));
         assert!(line(&router).contains("--lora-adapters a=/lora/a;b=/lora/b"));
+        assert!(line(&shard).contains(" --num-threads 4 "));
+        assert_eq!((shard.processors, router.processors), (vec![2, 3], vec![]));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod console;
 mod control;
+mod control_group;
 mod failure;
 mod inspection;
 mod listen;
@@ -15,6 +16,7 @@ mod machine;
 mod place;
 mod plan;
 mod process;
+mod processors;
 mod report;
 mod resolve;
 mod restart;
@@ -24,6 +26,7 @@ mod shard_group;
 mod signals;
 mod supervise;
 mod table;
+mod threads;
 mod trampoline;
 
 use std::io::Write;
@@ -47,6 +50,7 @@ use run_directory::RunDirectory;
 use settings::Settings;
 use signals::Signals;
 use supervise::{End, Tree};
+use threads::Threads;
 
 /// Runs the launcher with the process's arguments and returns its exit code.
 pub fn run_from_args() -> ExitCode {
@@ -116,6 +120,7 @@ fn launch(args: Args, console: &Console, started: Instant) -> Result<End, Failur
 
     let machine = report::machine(&environment);
     let place = Place::choose(&settings, &machine)?;
+    let threads = Threads::choose(settings.num_threads, &machine.processors, &place)?;
     let work = Work {
         environment: &environment,
         settings: &settings,
@@ -125,7 +130,7 @@ fn launch(args: Args, console: &Console, started: Instant) -> Result<End, Failur
     };
     let served = work.served()?;
     let inspection = work.inspection(&served)?;
-    let plan = plan::make(&settings, &machine, place, &inspection)?;
+    let plan = plan::make(&settings, &machine, place, threads, &inspection)?;
     let table = table::render(&settings, &machine, &inspection, &plan);
     let site = Site {
         environment: &environment,

@@ -1,14 +1,15 @@
 //! What this machine has: processors, memory, GPUs. Read from the kernel, with the limits of the container it is in.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+
+use crate::control_group::{self, Version};
+use crate::processors::Processors;
 
 /// The machine as the plan sees it. All sizes in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Machine {
-    /// Physical cores that this process may use.
-    pub cores: usize,
+    pub processors: Processors,
     /// What the processor calls itself.
     pub processor: String,
     /// Memory of the machine, or of the container if that is less.
@@ -39,7 +40,7 @@ impl Machine {
         );
         let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         Self {
-            cores: cores(),
+            processors: Processors::read(),
             processor: processor(&cpu),
             memory_total: group.map_or(total, |group| group.limit.min(total)),
             memory_available: group.map_or(available, |group| {
@@ -111,37 +112,20 @@ struct MemoryGroup {
     used: u64,
 }
 
-/// The tightest limit between this process's control group and the root, version 2 or 1.
+/// The tightest limit between this process's control group and the root.
 fn memory_group(root: &Path, own: &str) -> Option<MemoryGroup> {
     let read = |path: &Path| fs::read_to_string(path).ok();
     let number = |path: &Path| read(path).and_then(|text| text.trim().parse::<u64>().ok());
-    let (base, limit, usage, cache, relative) =
-        match own.lines().find_map(|line| line.split_once(":memory:")) {
-            Some((_, path)) => (
-                root.join("memory"),
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-                path,
-            ),
-            None => {
-                let path = own
-                    .lines()
-                    .find_map(|line| line.strip_prefix("0::"))
-                    .unwrap_or("/");
-                (
-                    root.to_owned(),
-                    "memory.max",
-                    "memory.current",
-                    "inactive_file",
-                    path,
-                )
-            }
-        };
-    let groups = Path::new(relative.trim_start_matches('/'))
-        .ancestors()
-        .map(|path| base.join(path));
-    let groups = groups.filter_map(|group| {
+    let (version, folders) = control_group::folders(root, own, "memory");
+    let (limit, usage, cache) = match version {
+        Version::One => (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+        Version::Two => ("memory.max", "memory.current", "inactive_file"),
+    };
+    let groups = folders.iter().filter_map(|group| {
         let limit = number(&group.join(limit))?;
         let statistics = read(&group.join("memory.stat")).unwrap_or_default();
         let of_files = statistics
@@ -154,33 +138,13 @@ fn memory_group(root: &Path, own: &str) -> Option<MemoryGroup> {
     groups.min_by_key(|group| group.limit.saturating_sub(group.used))
 }
 
-/// Physical cores, or the processors that affinity and quotas leave, whichever is less: two threads of one core
-/// share its memory ports, so a second one adds nothing to work bound by memory.
-fn cores() -> usize {
-    let usable = std::thread::available_parallelism().map_or(1, usize::from);
-    let entries = fs::read_dir("/sys/devices/system/cpu")
-        .into_iter()
-        .flatten()
-        .flatten();
-    let siblings = entries.filter_map(|entry| {
-        fs::read_to_string(entry.path().join("topology/thread_siblings_list")).ok()
-    });
-    let physical = siblings.collect::<HashSet<_>>().len();
-    if physical == 0 {
-        usable
-    } else {
-        usable.min(physical)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn this_machine_has_a_core_and_memory() {
+    fn this_machine_has_memory() {
         let machine = Machine::read("", None);
-        assert!(machine.cores >= 1);
         assert!(machine.memory_available > 0 && machine.memory_available <= machine.memory_total);
     }
 

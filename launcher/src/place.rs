@@ -1,6 +1,6 @@
 //! Where the model processes compute, and how many of them there are: a pure function of flags and machine.
 
-use crate::args::Device;
+use crate::args::{Attention, Device};
 use crate::failure::{Code, Failure};
 use crate::machine::{Gpu, Machine};
 use crate::settings::Settings;
@@ -23,6 +23,12 @@ impl Place {
             Device::Cuda => false,
             Device::Auto => gpus.is_empty(),
         };
+        if on_cpu && settings.attention == Attention::Flashinfer {
+            return Err(Failure::new(
+                Code::Device,
+                "--attention flashinfer computes on GPUs, and the model would run on the CPU; leave it out, or let a GPU be seen",
+            ));
+        }
         if on_cpu {
             let shards = settings.num_shard.unwrap_or(1);
             return Ok(Self::Cpu { shards });
@@ -57,9 +63,20 @@ impl Place {
     /// What a shard is told of it.
     pub fn arguments(&self, settings: &Settings) -> Vec<String> {
         let share = settings.cuda_memory_fraction.to_string();
+        let attention = settings.attention.name();
+        let graphs = settings.cuda_graphs.to_string();
         let told: &[&str] = match self {
             Self::Cpu { .. } => &["--device", "cpu"],
-            Self::Cuda(_) => &["--device", "cuda", "--cuda-memory-fraction", &share],
+            Self::Cuda(_) => &[
+                "--device",
+                "cuda",
+                "--cuda-memory-fraction",
+                &share,
+                "--attention",
+                &attention,
+                "--cuda-graphs",
+                &graphs,
+            ],
         };
         let mut words: Vec<_> = told.iter().map(|&word| word.to_owned()).collect();
         if settings.strict_kernels {
@@ -131,8 +148,31 @@ mod tests {
         assert_eq!(told(&["--cuda-memory-fraction=0.5"], 0), "--device cpu");
         assert_eq!(
             told(&["--strict-kernels", "--cuda-memory-fraction=0.5"], 2),
-            "--device cuda --cuda-memory-fraction 0.5 --strict-kernels"
+            "--device cuda --cuda-memory-fraction 0.5 --attention auto --cuda-graphs 1,2,4,8,16,32 --strict-kernels"
         );
+        for (asked, served) in [
+            ("flashinfer", "flashinfer"),
+            ("native", "native"),
+            ("paged", "native"),
+            ("flashdecoding", "native"),
+        ] {
+            let told = told(&["--attention", asked], 1);
+            assert!(told.contains(&format!("--attention {served} ")), "{told}");
+        }
+        for sizes in ["0", "2,6"] {
+            let told = told(&["--cuda-graphs", sizes], 1);
+            assert!(told.ends_with(&format!("--cuda-graphs {sizes}")), "{told}");
+        }
+    }
+
+    #[test]
+    fn what_computes_attention_on_gpus_only_is_refused_on_the_processors() {
+        for (flags, gpus) in [(&["--attention=flashinfer"][..], 0), (&["--attention=flashinfer", "--device=cpu"], 2)] {
+            let failure = choose(flags, gpus).expect_err("a refusal");
+            assert_eq!(failure.code, Code::Device);
+            assert!(failure.message.starts_with("--attention flashinfer computes on GPUs"), "{failure}");
+        }
+        assert_eq!(found(&["--attention=paged"], 0), ("cpu", 1));
     }
 
     #[test]

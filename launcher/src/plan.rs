@@ -1,17 +1,18 @@
 //! What will be started, and with how much memory: a pure function of flags, machine and model.
 
-use crate::args::KvCacheDtype;
+use crate::args::{GraphSizes, KvCacheDtype};
 use crate::failure::{Code, Failure};
 use crate::inspection::Inspection;
 use crate::machine::Machine;
 use crate::place::Place;
 use crate::settings::Settings;
+use crate::threads::Threads;
 
 /// Sizes that the processes are started with. All are for one model process, in bytes unless named otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     pub place: Place,
-    pub threads: u32,
+    pub threads: Threads,
     pub weight_bytes: u64,
     pub adapter_bytes: u64,
     pub kv_cache: KvCache,
@@ -39,6 +40,17 @@ impl KvCache {
     /// Tokens that fit.
     pub fn tokens(&self) -> u64 {
         self.pages * u64::from(self.page_tokens)
+    }
+}
+
+impl Plan {
+    /// The bytes that a shard is told to keep for KV cache and states. On a GPU it measures what is left beside its largest
+    /// step, and takes that, unless a number was asked for.
+    pub fn kept_bytes(&self, settings: &Settings) -> Option<u64> {
+        match self.place {
+            Place::Cuda(_) if settings.kv_cache_bytes.is_none() => None,
+            _ => Some(self.kv_cache.bytes + self.state_bytes),
+        }
     }
 }
 
@@ -70,6 +82,7 @@ pub fn make(
     settings: &Settings,
     machine: &Machine,
     place: Place,
+    threads: Threads,
     inspection: &Inspection,
 ) -> Result<Plan, Failure> {
     let model = &inspection.model;
@@ -83,7 +96,12 @@ pub fn make(
         .checked_sub(fixed)
         .ok_or_else(|| too_large(settings, &budget, model.rank_weight_bytes, adapter_bytes))?;
 
-    let mut remarks = Vec::new();
+    let mut remarks: Vec<String> = threads.remark.iter().cloned().collect();
+    if matches!(place, Place::Cpu { .. }) && settings.cuda_graphs != GraphSizes::default() {
+        remarks.push(
+            "--cuda-graphs has no effect: on CPUs, decoding steps are recorded as they come".to_owned(),
+        );
+    }
     if model.page_bytes == 0 && settings.kv_cache_dtype != KvCacheDtype::Auto {
         remarks.push(format!(
             "--kv-cache-dtype {} changes nothing: {} keeps no keys and values",
@@ -132,9 +150,7 @@ pub fn make(
         )));
     }
     Ok(Plan {
-        threads: settings
-            .num_threads
-            .unwrap_or_else(|| (machine.cores as u32 / place.shards()).max(1)),
+        threads,
         weight_bytes: model.rank_weight_bytes,
         adapter_bytes,
         kv_cache,

@@ -4,6 +4,7 @@ use super::*;
 use crate::args::{Args, Environment};
 use crate::inspection::{AdapterFacts, ModelFacts};
 use crate::machine::Gpu;
+use crate::processors::Processors;
 
 /// The two adapters below, a quarter for what a shard adds, and one to spare.
 const ADAPTERS: u64 = 30 * MIB + 30 * MIB / 4 + MIB;
@@ -17,7 +18,10 @@ fn settings(flags: &[&str]) -> Settings {
 
 fn machine(memory: u64) -> Machine {
     Machine {
-        cores: 8,
+        processors: Processors {
+            cores: (0..8).map(|core| vec![core]).collect(),
+            granted_millis: None,
+        },
         memory_total: memory,
         memory_available: memory,
         ..Machine::default()
@@ -26,12 +30,9 @@ fn machine(memory: u64) -> Machine {
 
 /// The plan where flags and machine alone decide the place.
 fn make(settings: &Settings, machine: &Machine, inspection: &Inspection) -> Result<Plan, Failure> {
-    super::make(
-        settings,
-        machine,
-        Place::choose(settings, machine)?,
-        inspection,
-    )
+    let place = Place::choose(settings, machine)?;
+    let threads = Threads::choose(settings.num_threads, &machine.processors, &place)?;
+    super::make(settings, machine, place, threads, inspection)
 }
 
 /// A model of 2 GiB whose token takes 64 KiB of KV cache.
@@ -63,7 +64,7 @@ fn inspection() -> Inspection {
 fn a_roomy_machine_holds_every_request_at_its_usual_length() {
     let plan = make(&settings(&[]), &machine(64 * GIB), &inspection()).expect("a plan");
     assert_eq!(
-        (plan.place.shards(), plan.threads, plan.adapter_bytes),
+        (plan.place.shards(), plan.threads.count, plan.adapter_bytes),
         (1, 8, ADAPTERS)
     );
     assert_eq!((plan.max_total_tokens, plan.max_input_tokens), (8192, 8191));
@@ -159,6 +160,7 @@ fn threads_are_shared_out_over_the_processes() {
         make(&settings(flags), &machine(64 * GIB), &inspection())
             .expect("a plan")
             .threads
+            .count
     };
     assert_eq!(threads(&["--num-shard=2"]), 4);
     assert_eq!(threads(&["--num-shard=16"]), 1);

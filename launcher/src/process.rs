@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use crate::commands::Invocation;
 use crate::console::{Console, Tail};
 use crate::failure::{Code, Failure};
-use crate::trampoline;
+use crate::{processors, trampoline};
 
 /// The variable that holds the number of an open pipe whose other end only the launcher has: when it closes, the
 /// launcher is gone.
@@ -63,7 +63,8 @@ impl Spawner<'_> {
         let mut command = Command::new(self.program);
         command
             .arg(trampoline::CHILD)
-            .arg(std::process::id().to_string());
+            .arg(std::process::id().to_string())
+            .arg(processors::list(&invocation.processors));
         command.arg(&invocation.program).args(&invocation.args);
         command
             .env_clear()

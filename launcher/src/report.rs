@@ -20,7 +20,11 @@ pub fn render(machine: &Machine) -> String {
             "system     {}",
             system.split(" (").next().unwrap_or_default().trim()
         ),
-        format!("processor  {}, {} cores", machine.processor, machine.cores),
+        format!(
+            "processor  {}, {}",
+            machine.processor,
+            machine.processors.describe()
+        ),
         format!(
             "memory     {}, {} available",
             size(machine.memory_total),

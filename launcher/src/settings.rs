@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use crate::adapters::{self, AdapterRequest};
 use crate::args::compat::Fate;
 use crate::args::{
-    ActivationDtype, Args, Device, Dtype, Environment, KvCacheDtype, Limits, Operation, Quantize,
+    ActivationDtype, Args, Attention, Device, Dtype, Environment, GraphSizes, KvCacheDtype, Limits, Operation, Quantize,
     Secret,
 };
 use crate::failure::Failure;
@@ -30,7 +30,9 @@ pub struct Settings {
     pub device: Device,
     /// Of a GPU's memory that a model process may take.
     pub cuda_memory_fraction: f32,
+    pub cuda_graphs: GraphSizes,
     pub strict_kernels: bool,
+    pub attention: Attention,
     /// Number of model processes, where it was said.
     pub num_shard: Option<u32>,
     pub sharded: Option<bool>,
@@ -131,7 +133,9 @@ impl Settings {
             packed_cache: model.packed_cache,
             device: sharding.device,
             cuda_memory_fraction: sharding.cuda_memory_fraction,
+            cuda_graphs: sharding.cuda_graphs,
             strict_kernels: sharding.strict_kernels,
+            attention: sharding.attention,
             num_shard,
             sharded: sharding.sharded,
             num_threads: sharding.num_threads,

@@ -5,6 +5,7 @@ use crate::inspection::{AdapterFacts, Inspection};
 use crate::machine::Machine;
 use crate::place::Place;
 use crate::plan::{Plan, size};
+use crate::processors::list;
 use crate::settings::Settings;
 
 /// The model, the machine, the memory of each process and the limits of a request.
@@ -47,7 +48,7 @@ pub fn render(
             } else {
                 &machine.processor
             },
-            plural(machine.cores as u64, "core"),
+            machine.processors.describe(),
             size(machine.memory_available),
             size(machine.memory_total),
         ),
@@ -67,9 +68,10 @@ pub fn render(
     lines.push(row(
         "processes",
         &format!(
-            "router · {} with {} each",
+            "router · {} with {} each{}",
             plural(u64::from(plan.place.shards()), "shard"),
-            plural(u64::from(plan.threads), "thread"),
+            plural(u64::from(plan.threads.count), "thread"),
+            kept(&plan.threads.processors),
         ),
     ));
     lines.extend(memory(plan, &model.kv_dtype));
@@ -153,6 +155,15 @@ fn memory(plan: &Plan, kv_dtype: &str) -> Vec<String> {
     };
     lines.push(line("", "total", size(total), &all));
     lines
+}
+
+/// Where the ranks compute, in their order.
+fn kept(processors: &[Vec<u32>]) -> String {
+    let lists: Vec<_> = processors.iter().map(|ranks| list(ranks)).collect();
+    match lists.is_empty() {
+        true => String::new(),
+        false => format!(" · on processors {}", lists.join(" · ")),
+    }
 }
 
 fn adapter(facts: &AdapterFacts) -> String {

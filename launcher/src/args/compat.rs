@@ -20,8 +20,6 @@ pub struct Compat {
     #[arg(long, env, hide = true, value_parser = FalseyValueParser::new())]
     disable_custom_kernels: bool,
     #[arg(long, env, hide = true)]
-    cuda_graphs: Option<String>,
-    #[arg(long, env, hide = true)]
     shard_uds_path: Option<String>,
     #[arg(long, env, hide = true)]
     master_addr: Option<String>,
@@ -94,7 +92,6 @@ impl Compat {
                 "--disable-custom-kernels",
                 "kernels are chosen by what the processor has, and fall back by themselves",
             ),
-            accepted(self.cuda_graphs.is_some(), "--cuda-graphs", "graph sizes are chosen by the shard"),
             accepted(
                 self.shard_uds_path.is_some(),
                 "--shard-uds-path",

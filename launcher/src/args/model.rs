@@ -1,5 +1,6 @@
 //! Flags that say what is served, and over how many processes.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::builder::FalseyValueParser;
@@ -74,7 +75,8 @@ pub struct Sharding {
     #[arg(long, env)]
     pub sharded: Option<bool>,
 
-    /// Threads of each model process [default: this machine's cores, shared out]
+    /// Threads of each model process [default: the physical cores that affinity masks and quotas leave, shared out]. With as
+    /// many as there are cores, each has a core of its own
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub num_threads: Option<u32>,
 
@@ -86,14 +88,55 @@ pub struct Sharding {
     #[arg(long, env, default_value_t = 1.0, value_parser = share)]
     pub cuda_memory_fraction: f32,
 
+    /// Numbers of rows whose decoding steps are captured as CUDA graphs, with adapters and without; `0` captures none
+    #[arg(long, env, default_value_t, value_parser = graph_sizes)]
+    pub cuda_graphs: GraphSizes,
+
     /// Refuse to start where an op would be served by plain PyTorch for want of a kernel
     #[arg(long, env, value_parser = FalseyValueParser::new())]
     pub strict_kernels: bool,
+
+    /// What computes attention on GPUs: `auto` takes FlashInfer where it is installed and knows the GPU
+    #[arg(long, env, value_enum, default_value = "auto")]
+    pub attention: Attention,
 
     /// Memory for adapters in each model process [default: those of --lora-ids; as much again, and 256MiB at least, where
     /// clients may load more]
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub adapter_bytes: Option<u64>,
+}
+
+/// Numbers of rows, none where no step is to be captured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GraphSizes(pub Vec<u32>);
+
+impl Default for GraphSizes {
+    /// Those of text-generation-inference.
+    fn default() -> Self {
+        Self(vec![1, 2, 4, 8, 16, 32])
+    }
+}
+
+impl fmt::Display for GraphSizes {
+    /// As they are written on a command line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sizes: Vec<String> = self.0.iter().map(u32::to_string).collect();
+        f.write_str(if sizes.is_empty() { "0" } else { "" })?;
+        f.write_str(&sizes.join(","))
+    }
+}
+
+fn graph_sizes(text: &str) -> Result<GraphSizes, String> {
+    if text.trim() == "0" {
+        return Ok(GraphSizes(Vec::new()));
+    }
+    let size = |word: &str| match word.trim().parse::<u32>() {
+        Ok(rows) if rows > 0 => Ok(rows),
+        _ => Err(format!(
+            "`{word}` is no number of rows; write numbers above 0 with commas between them, or `0` alone to capture none"
+        )),
+    };
+    Ok(GraphSizes(text.split(',').map(size).collect::<Result<_, _>>()?))
 }
 
 fn share(text: &str) -> Result<f32, String> {
@@ -110,6 +153,18 @@ pub enum Device {
     Auto,
     Cpu,
     Cuda,
+}
+
+/// What computes attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Attention {
+    /// FlashInfer where it is installed and knows the GPU, else kv.run's own kernels.
+    Auto,
+    /// FlashInfer; layers that it has no kernel for are computed by kv.run's own.
+    Flashinfer,
+    /// kv.run's own kernels, which text-generation-inference's `paged` and `flashdecoding` stand for too.
+    #[value(aliases = ["paged", "flashdecoding"])]
+    Native,
 }
 
 /// Number format of weights and activations.
@@ -145,8 +200,10 @@ pub enum KvCacheDtype {
 pub enum ActivationDtype {
     /// That of the activations.
     Auto,
-    /// 8-bit integers and a scale for each group of inputs: faster and not exact, for weights of integer codes
+    /// 8-bit integers and a scale for each group of inputs: faster and not exact, for weights of integer codes on CPUs
     Int8,
+    /// 8-bit floats and a scale for each row: faster and not exact, for weights of 8-bit floats on GPUs that multiply them
+    Fp8,
 }
 
 /// How the weights are quantized; the names are those of text-generation-inference.
@@ -179,4 +236,4 @@ macro_rules! named_as_on_the_command_line {
         }
     )+};
 }
-named_as_on_the_command_line!(Dtype, KvCacheDtype, ActivationDtype, Quantize);
+named_as_on_the_command_line!(Attention, Dtype, KvCacheDtype, ActivationDtype, Quantize);

@@ -1,5 +1,7 @@
 //! What is refused before anything is started, and what the processes are told.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -92,12 +94,13 @@ fn faulty_files_end_the_start_with_their_code_and_their_message() {
 #[test]
 fn wrong_flags_have_their_code() {
     let site = Site::new(json!({}));
-    let cases: [&[&str]; 5] = [
+    let cases: [&[&str]; 6] = [
         &["--no-such-flag"],
         &["--quantize", "exl2"],
         &["--ngrok"],
         &["--hostname", "0.0.0.0"],
         &["--num-shard", "x"],
+        &["--num-threads", "1000"],
     ];
     for flags in cases {
         assert_eq!(site.launch(flags).wait().code(), Some(10), "{flags:?}");
@@ -107,6 +110,33 @@ fn wrong_flags_have_their_code() {
     let mut help = site.launch(&["--help"]);
     let (code, text) = help.end();
     assert!(code == Some(0) && text.contains("--lora-ids"), "{text}");
+}
+
+#[test]
+fn every_rank_is_kept_to_the_processors_that_the_log_names() {
+    let site = Site::new(json!({}));
+    let mut launcher = site.launch(&["--num-shard", "2"]);
+    launcher.ready();
+    let kept = |id: i32| {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).expect("a status");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.expect("a list").trim().to_owned()
+    };
+    let ranks: BTreeSet<_> = site.ids("shard").into_iter().map(kept).collect();
+    let all = kept(launcher.id());
+    assert_eq!(kept(site.ids("router")[0]), all);
+    let log = launcher.log();
+    let told = log.split_once("on processors ").map(|(_, rest)| rest);
+    match told.and_then(|rest| rest.lines().next()) {
+        Some(lists) => {
+            assert_eq!(ranks.len(), 2, "{ranks:?}");
+            assert_eq!(ranks, lists.split(" · ").map(str::to_owned).collect());
+        }
+        // A machine of one core, which all share.
+        None => assert_eq!(ranks, BTreeSet::from([all])),
+    }
 }
 
 #[test]
