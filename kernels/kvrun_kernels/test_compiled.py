@@ -86,6 +86,13 @@ def calls(ops, dtype: torch.dtype) -> Iterator[tuple[str, object]]:
         for n in counts:
             yield "quantized_linear", lambda packed=packed, n=n: ops.quantized_linear(rows(n, 4096), packed)
 
+    def narrow() -> None:
+        from kvrun_kernels.quantized_linear.triton import narrowed
+
+        narrowed(rows(4, 4096))
+
+    yield "quantized_linear", narrow
+
 
 def compile_all(capability: int, chosen: list[str], dtype: torch.dtype = torch.bfloat16) -> None:
     """Compile what the calls above launch, for all ops or those chosen.

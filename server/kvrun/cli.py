@@ -59,9 +59,8 @@ def _load(config: ServeConfig) -> Engine:
     torch.set_num_threads(threads)
     kvrun_kernels.set_num_threads(threads)
     device = devices.choose(config.device, config.rank, config.cuda_memory_fraction)
-    rounded, cached = config.activation_dtype != "auto", config.packed_cache is not None
-    devices.refuse_for_cpus(device, {"--activation-dtype": rounded, "--packed-cache": cached})
-    kernels = devices.serving(device, config.strict_kernels)
+    devices.refuse_for_cpus(device, {"--packed-cache": config.packed_cache is not None})
+    devices.serving(device, config.strict_kernels)
     device.begin()
     try:
         group = Group.join(config.rendezvous or "", config.rank, config.world_size, device.place)
@@ -81,7 +80,7 @@ def _load(config: ServeConfig) -> Engine:
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, ranks, device.free_bytes)
     engine = Engine(model, group, budget, config.page_tokens, kv_dtype)
     engine.warm()
-    devices.announce(device, kernels)
+    devices.announce(device, model.kernels, model.activation_dtype)
     return engine
 
 

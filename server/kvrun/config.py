@@ -12,6 +12,7 @@ from kvrun.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ACTIVATION_DTYPES = ("auto", "int8", "fp8")
 KV_CACHE_DTYPES = (*DTYPES, "fp8_e4m3fn", "fp8_e5m2", "int8")
 
 
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own; on a GPU in 16 bits")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
-    add("--activation-dtype", choices=("auto", "int8"), default="auto", help="what quantized linears multiply; int8 is faster, not exact")
+    add("--activation-dtype", choices=ACTIVATION_DTYPES, default="auto", help="what quantized linears multiply; 8 bits are not exact")
     add("--packed-cache", type=Path, help="folder that keeps weights as the kernels read them, for the next start")
     add("--num-threads", type=int, default=0, help="threads of this rank; 0 = all it may run on, divided among the ranks")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")

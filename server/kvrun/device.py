@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import kvrun_kernels
 import torch
+from kvrun_kernels.quantized_linear.scaled import CAPABILITIES
 from torch import Tensor
 
 from kvrun.errors import DeviceError, Unsupported
@@ -39,6 +40,10 @@ class Device(Protocol):
     def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
         """What to compute a model in whose checkpoint has this dtype and whose hidden states reach `magnitude`, if nobody said."""
 
+    @property
+    def narrow(self) -> tuple[str, ...]:
+        """What --activation-dtype may have quantized weights multiplied with here, beside the model's own numbers."""
+
     def free_bytes(self) -> int:
         """Bytes that this process may still take."""
 
@@ -58,6 +63,7 @@ class Cpu:
 
     place = torch.device("cpu")
     shared = True
+    narrow = ("int8",)
 
     def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
         """The checkpoint's own."""
@@ -91,6 +97,12 @@ class Cuda:
     def place(self) -> torch.device:
         """See Device."""
         return torch.device("cuda", self.index)
+
+    @property
+    def narrow(self) -> tuple[str, ...]:
+        """See Device."""
+        first, beyond = CAPABILITIES
+        return ("fp8",) if first <= torch.cuda.get_device_capability(self.index) < beyond else ()
 
     def begin(self) -> None:
         """Have this thread compute here, and the process within the fraction."""
@@ -156,13 +168,14 @@ def serving(device: Device, strict: bool = False) -> dict[str, str]:
     return kernels
 
 
-def announce(device: Device, kernels: Mapping[str, str]) -> None:
-    """Say in the log where this rank computes, and what serves which op."""
+def announce(device: Device, kernels: Mapping[str, str], activation_dtype: str) -> None:
+    """Say in the log where this rank computes, what serves which op, and what quantized weights are multiplied with."""
     by_server: dict[str, list[str]] = {}
     for op, server in kernels.items():
         by_server.setdefault(server, []).append(op)
     served = "; ".join(f"{server}: {', '.join(ops)}" for server, ops in sorted(by_server.items()))
-    log.info("computes on %s", device.describe(), extra={"fields": {"device": str(device.place), "kernels": served}})
+    told = {"device": str(device.place), "kernels": served, "activation_dtype": activation_dtype}
+    log.info("computes on %s", device.describe(), extra={"fields": told})
 
 
 def refuse_for_cpus(device: Device, asked: dict[str, bool]) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from adapters import ADAPTERS, write_adapter
 from driver import Ranks
+from elsewhere import computing, gpus, need
+from kvrun.device import Cuda
 from ragged import WORLDS, ranks
 from tiny import write_checkpoint
 
@@ -61,6 +63,17 @@ def adapter(checkpoint, tmp_path_factory):
         return written[name]
 
     return folder
+
+
+@pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
+def gpu(request):
+    """One GPU, or one that is not there, for this thread."""
+    need(request.param)
+    if request.param == "cuda":
+        yield Cuda(0)
+        return
+    with gpus(), computing():
+        yield Cuda(0)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,14 @@ what does not lie on the host, and the ops' Triton code serves, through Triton's
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,6 +103,19 @@ def _launched(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> 
 
 LAUNCHES: list[str] = []  # names of the kernels that ran
 ONE_AT_A_TIME = Lock()  # the interpreter changes Triton's language while a kernel runs
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, as conftest.py decides."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def need(kind: str) -> None:
+    """Skip the test where this machine lacks what it runs on: a GPU for "cuda", Triton's interpreter for the "stand-in"."""
+    if kind == "cuda" and (interpreting() or not torch.cuda.is_available()):
+        pytest.skip("a CUDA device and Triton's compiler (TRITON_INTERPRET unset): not here")
+    if kind == "stand-in" and not interpreting():
+        pytest.skip("Triton's interpreter: not on, set TRITON_INTERPRET=1")
 
 
 @contextmanager

@@ -24,11 +24,11 @@ Tensors = dict[str, torch.Tensor]
 Encoded = tuple[Tensors, torch.Tensor]
 
 
-def write_plain(folder: Path) -> Path:
-    """The model that all formats start from, float32."""
+def write_plain(folder: Path, **changed: object) -> Path:
+    """The model that all formats start from, float32, with some fields of CONFIG `changed`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, **changed}))
     randomise(model)
     model.save_pretrained(folder)
     write_tokenizer(folder)

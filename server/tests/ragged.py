@@ -23,9 +23,9 @@ class Runner:
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or Group.single()
 
-    def load(self, folder: Path, dtype: str = "float32") -> None:
-        """Load a model and forget every sequence."""
-        self.model = load_model(folder, dtype=dtype, group=self.group)
+    def load(self, folder: Path, dtype: str = "float32", **how: object) -> None:
+        """Load a model and forget every sequence. how: what load_model takes beside these"""
+        self.model = load_model(folder, dtype=dtype, group=self.group, **how)
         self.kv = self.model.pool(PAGES, PAGE_TOKENS, sequences=SLOTS)
         # Scattered pages: a kernel that took a sequence's pages to be adjacent would be seen.
         self.free = torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).tolist()
@@ -39,7 +39,8 @@ class Runner:
 
     def adapt(self, folder: Path, sequences: list[int]) -> None:
         """Give these sequences an adapter."""
-        adapter = read_adapter(folder, self.model.linears, self.model.dtype, self.model.decoder.embed)
+        model = self.model
+        adapter = read_adapter(folder, model.linears, model.dtype, model.decoder.embed, model.device.place)
         self.adapters |= dict.fromkeys(sequences, adapter)
 
     def expect(self, most: dict[int, int]) -> None:

@@ -4,7 +4,6 @@ There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter
 `pytest -m gpu` runs the same tests on it.
 """
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from subprocess import CompletedProcess
@@ -15,7 +14,7 @@ import kvrun_kernels
 import pytest
 import torch
 from driver import Driver, Ranks
-from elsewhere import GIB, LAUNCHES, Mixed, computing, gpus, settle
+from elsewhere import GIB, LAUNCHES, Mixed, gpus, interpreting, need, settle
 from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, serving
 from kvrun.dist import Group
 from kvrun.engine.sampling import Sampling
@@ -26,7 +25,6 @@ from ragged import Runner
 from test_parity import prompts
 from tiny import CLOSE, ROWS, distance, oracle
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py decides
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 30)]
 WIDEST = torch.finfo(torch.float32).max
 ASKED = prompts(lengths=(1, 2, 7, 19))
@@ -44,24 +42,6 @@ class Step:
     flags: torch.Tensor
     pair: Pair | None
     count: int = 3
-
-
-@pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
-def gpu(request):
-    """One GPU, or one that is not there, for this thread."""
-    _settle_on(request.param)
-    if request.param == "cuda":
-        yield Cuda(0)
-        return
-    with gpus(), computing():
-        yield Cuda(0)
-
-
-def _settle_on(kind: str) -> None:
-    if kind == "cuda" and (INTERPRETING or not torch.cuda.is_available()):
-        pytest.skip("a CUDA device and Triton's compiler (TRITON_INTERPRET unset): not here")
-    if kind == "stand-in" and not INTERPRETING:
-        pytest.skip("Triton's interpreter: not on, set TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize(("asked", "count", "rank", "found"), [
@@ -126,10 +106,10 @@ def test_strict_kernels_name_the_ops_that_plain_pytorch_would_serve():
 
 
 def test_what_only_cpus_do_is_refused_on_a_gpu_by_its_flag():
-    asked = {"--activation-dtype": True, "--packed-cache": False}
-    refuse_for_cpus(Cpu(), asked)
-    with pytest.raises(Unsupported, match=r"^--activation-dtype was asked for on cuda:0"):
-        refuse_for_cpus(Cuda(0), asked)
+    refuse_for_cpus(Cpu(), {"--packed-cache": True})
+    refuse_for_cpus(Cuda(0), {"--packed-cache": False})
+    with pytest.raises(Unsupported, match=r"^--packed-cache was asked for on cuda:0"):
+        refuse_for_cpus(Cuda(0), {"--packed-cache": True})
 
 
 @pytest.mark.parametrize("gpu", ["stand-in"], indirect=True)
@@ -151,19 +131,18 @@ def truth(row, checkpoint):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_logits_on_a_gpu_equal_transformers(row, truth, gpu, checkpoint, monkeypatch):
-    monkeypatch.setattr("ragged.load_model", lambda folder, **more: load_model(folder, device=gpu, **more))
+def test_logits_on_a_gpu_equal_transformers(row, truth, gpu, checkpoint):
     runner = Runner()
-    runner.load(checkpoint(row))
+    runner.load(checkpoint(row), device=gpu)
     logits = runner.step(list(enumerate(ASKED)))
-    assert logits.device == gpu.place and (LAUNCHES or not INTERPRETING)
+    assert logits.device == gpu.place and (LAUNCHES or not interpreting())
     assert distance(logits.cpu(), truth) < CLOSE
 
 
 @pytest.fixture(params=("stand-in", pytest.param("cuda", marks=pytest.mark.gpu)))
 def on_gpus(request, checkpoint, tmp_path):
     """(row, world) -> the engines of that many ranks, each on a GPU, or on one that is not there."""
-    _settle_on(request.param)
+    need(request.param)
     if request.param == "cuda":
         yield lambda row: Ranks(checkpoint(row), load_model=partial(load_model, device=Cuda(0)))
         return
@@ -223,7 +202,7 @@ def test_an_engine_on_a_gpu_answers_as_one_on_the_host(way, engines, on_gpus):
     found = answers(ranks, WAYS[way])
     assert [engine.describe()["device"] for engine in (*engines("llama").engines, *ranks.engines)] == ["cpu", "cuda:0"]
     assert found.answers == expected.answers and not found.errors
-    assert "_attend" in LAUNCHES or not INTERPRETING
+    assert "_attend" in LAUNCHES or not interpreting()
     for index in expected.prompts:
         for ours, theirs in zip(found.prompts[index], expected.prompts[index], strict=True):
             assert ours.id == theirs.id and ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
@@ -237,7 +216,7 @@ def test_adapters_lie_and_answer_on_a_gpu(name, engines, on_gpus, adapter):
     held = ranks.engines[0].adapters.get(3)
     assert all(t.device == Cuda(0).place for deltas in held.deltas.values() for delta in deltas for t in (delta.a, delta.bt))
     assert held.bytes == engines("llama").load(3, adapter(name)).bytes
-    assert {"_shrink", "_expand"} <= set(LAUNCHES) or not INTERPRETING
+    assert {"_shrink", "_expand"} <= set(LAUNCHES) or not interpreting()
 
 
 @pytest.mark.parametrize("on_gpus", ["stand-in"], indirect=True)

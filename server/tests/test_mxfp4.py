@@ -9,6 +9,7 @@ import torch
 from kvrun.nn.build import load_model
 from kvrun.quant.mxfp4 import MxFp4
 from kvrun.weights.plan import Cut
+from ragged import Runner
 from safetensors.torch import load_file, save_file
 from test_parity import prompts
 from tiny import CLOSE, distance, oracle
@@ -75,3 +76,18 @@ def test_codes_are_held_as_codes(folders):
     coded, dense = (load_model(folder, dtype="float32") for folder in (published, plain))
     assert {type(linear.weight).__name__ for linear in coded.linears} == {"CodedLinear", "DenseLinear"}
     assert {type(linear.weight).__name__ for linear in dense.linears} == {"DenseLinear"}
+
+
+@pytest.fixture
+def on_host(folders) -> torch.Tensor:
+    """The host's logits; ask for it before `gpu`."""
+    runner = Runner()
+    runner.load(folders[0])
+    return runner.step([(0, [5, 17, 99])])
+
+
+def test_codes_are_multiplied_on_a_gpu_as_on_the_host(folders, on_host, gpu):
+    runner = Runner()
+    runner.load(folders[0], device=gpu)
+    logits = runner.step([(0, [5, 17, 99])])
+    assert logits.device == gpu.place and distance(logits.cpu(), on_host) < CLOSE

@@ -59,6 +59,11 @@ class PackedQuantized:
         self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))
 
     @property
+    def narrow(self) -> torch.dtype | None:
+        """The numbers of 8 bits that inputs may be rounded to where they meet these codes; None where they stay as they are."""
+        return torch.int8 if self.integers else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, scales and padding included."""
         return self.panels.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
@@ -194,8 +199,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     """Multiply rows by the transpose of what the codes stand for and add the bias; sums are float32 and rounded once.
 
     x [rows, in_features] · bias [out_features] · out [rows, out_features], dtype of x. A row's result is the same to
-    the bit whatever the number of rows. `rounded`: inputs in 8 bits where codes are integers, see `in_8_bits`, or where a GPU
-    multiplies floats of 8 bits, see scaled.py; faster, not exact.
+    the bit whatever the number of rows. `rounded`: inputs in 8 bits, faster and not exact: where codes are integers, see
+    `in_8_bits`, or floats on a GPU, which must be one that scaled.py names.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x of shape [rows, {packed.in_features}] asked, found {list(x.shape)}; reshape it first")

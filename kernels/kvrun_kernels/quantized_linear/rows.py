@@ -6,6 +6,7 @@ from torch import Tensor
 from kvrun_kernels.quantized_linear.op import PackedQuantized
 
 ALIGNED = 16  # bytes that a row is a multiple of: the widest load
+SIDE = 16  # inputs and outputs are a multiple of it, or the library's product of 8-bit floats refuses
 
 
 class QuantizedRows(PackedQuantized):
@@ -22,6 +23,12 @@ class QuantizedRows(PackedQuantized):
     ):
         super().__init__(codes, panels, scales, offsets, table, group, shape)
         self.first = float(table[0])  # what code 0 stands for, where codes are counted
+
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """See PackedQuantized. Floats meet floats where each output has one scale."""
+        whole = len(self.scales) == 1 and self.in_features % SIDE == self.out_features % SIDE == 0
+        return self.codes if whole and self.codes == torch.float8_e4m3fn else super().narrow
 
     def rows(self, ids: Tensor) -> Tensor:
         """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""

@@ -6,15 +6,13 @@ from torch import Tensor
 from kvrun_kernels.quantized_linear.rows import QuantizedRows
 
 MOST = torch.finfo(torch.float8_e4m3fn).max
-SIDE = 16  # inputs and outputs are a multiple of it, or the library refuses
-CAPABILITY = (9, 0)  # from which GPUs take a scale for each row and each output; PyTorch computes the same on CPUs
+# GPUs from the first up to the last, which PyTorch multiplies for with a scale for each row and each output. So it does on CPUs.
+CAPABILITIES = ((8, 9), (11, 0))
 
 
 def serves(x: Tensor, packed: QuantizedRows) -> bool:
-    """Whether `scaled` takes these: bfloat16 inputs, a scale for each output, and a processor that multiplies such numbers."""
-    fits = packed.in_features % SIDE == packed.out_features % SIDE == 0 and len(packed.scales) == 1
-    able = x.is_cpu or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY)
-    return packed.codes == torch.float8_e4m3fn and x.dtype == torch.bfloat16 and fits and able
+    """Whether `scaled` takes these, on a processor that multiplies such numbers."""
+    return packed.narrow == torch.float8_e4m3fn and x.dtype == torch.bfloat16
 
 
 def in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,9 +22,11 @@ def in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / step).to(torch.float8_e4m3fn), step
 
 
-def scaled(x: Tensor, packed: QuantizedRows, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] in 8 bits times the transpose of the weight, plus the bias [out]; sums are float32, the result bfloat16."""
-    codes, step = in_float8(x)
+def scaled(codes: Tensor, step: Tensor, packed: QuantizedRows, bias: Tensor | None = None) -> Tensor:
+    """Rows that codes and steps stand for, as of `in_float8`, times the transpose of the weight, plus the bias [out].
+
+    Sums are float32, the result [rows, out] bfloat16.
+    """
     weight = packed.panels.view(torch.float8_e4m3fn)[:, : packed.in_features].t()
-    added = None if bias is None else bias.to(x.dtype)
-    return torch._scaled_mm(codes, weight, scale_a=step, scale_b=packed.scales.float(), bias=added, out_dtype=x.dtype)
+    added = None if bias is None else bias.to(torch.bfloat16)
+    return torch._scaled_mm(codes, weight, scale_a=step, scale_b=packed.scales.float(), bias=added, out_dtype=torch.bfloat16)

@@ -5,7 +5,7 @@ import torch
 
 from kvrun_kernels import ops
 from kvrun_kernels.quantized_linear.op import in_8_bits
-from kvrun_kernels.quantized_linear.scaled import CAPABILITY, in_float8, serves
+from kvrun_kernels.quantized_linear.scaled import CAPABILITIES, in_float8, serves
 
 NF4 = torch.linspace(-1, 1, 16) ** 3
 FORMS = ("int4", "nf4", "int8", "float8")
@@ -85,14 +85,29 @@ def test_inputs_in_8_bits_are_rounded_as_everywhere(device, dtype, form, close):
     assert not torch.equal(found.float(), ops.quantized_linear(x.float(), packed).to(dtype).float())
 
 
+def need_float8(device):
+    first, beyond = CAPABILITIES
+    if device == "cuda" and not first <= torch.cuda.get_device_capability() < beyond:
+        pytest.skip(f"a GPU of compute capability {first} to {beyond}: not here")
+
+
+@pytest.mark.parametrize("inputs", (1, 40, 1024, 2500))
+def test_rows_become_float8_as_defined(device, dtype, inputs):
+    from kvrun_kernels.quantized_linear.triton import narrowed
+
+    x = (torch.randn(5, inputs + 3) * torch.tensor([[1e-30], [1.0], [0.0], [300.0], [1e4]])).to(dtype)[:, :inputs]
+    (codes, steps), (theirs, their_steps) = narrowed(x), in_float8(x)
+    assert torch.equal(steps, their_steps) and torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8))
+
+
 @pytest.mark.parametrize("rows", (1, 3, 40))
 @pytest.mark.parametrize("bias", (None, torch.bfloat16), ids=str)
 def test_float8_meets_inputs_of_8_bits_in_the_library_s_product(device, rows, bias, close):
     packed, dense = make("float8", 48, 64, None)
     x, bias = torch.randn(rows, 64).to(torch.bfloat16), None if bias is None else torch.randn(48).to(bias)
     x[0, 5] = 0
-    if not serves(x, packed):
-        pytest.skip(f"a GPU of compute capability {CAPABILITY}: not here")
+    need_float8(device)
+    assert serves(x, packed)
     found = ops.quantized_linear(x, packed, bias, rounded=True)
     codes, step = in_float8(x)
     close(found, expected((codes.float() * step).to(torch.float64), dense, bias).to(torch.bfloat16), factor=2)

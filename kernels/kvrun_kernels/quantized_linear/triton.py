@@ -14,7 +14,7 @@ from torch import Tensor
 from kvrun_kernels.quantized_linear.op import FLOAT8_UNIT, in_8_bits
 from kvrun_kernels.quantized_linear.rows import QuantizedRows
 from kvrun_kernels.quantized_linear.scaled import scaled, serves
-from kvrun_kernels.tiles import e4m3, product, rounded, up_to_power
+from kvrun_kernels.tiles import e4m3, float8, product, rounded, up_to_power
 
 FEW_ROWS = 16  # up to here the weight's bytes are all that counts, and its inputs are cut among programs
 PROGRAMS = 256  # that then share a weight, about two for each processor of a large GPU
@@ -107,6 +107,32 @@ def _add_parts(out, parts, bias, count, elements, outputs, BIAS: tl.constexpr, B
     tl.store(out + at, rounded(total, out.dtype.element_ty), held)
 
 
+@triton.jit
+def _narrow(codes, steps, x, inputs, x_stride, code_stride, BLOCK: tl.constexpr):
+    """A row of x as `in_float8` has it."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, inputs, BLOCK):
+        k = at + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + row * x_stride + k, k < inputs, other=0.0).to(tl.float32)))
+    most = tl.max(largest, 0)
+    step = tl.where(most > 0, tl.div_rn(most, 448.0), 1.0)
+    tl.store(steps + row, step)
+    for at in range(0, inputs, BLOCK):
+        k = at + tl.arange(0, BLOCK)
+        value = tl.load(x + row * x_stride + k, k < inputs, other=0.0).to(tl.float32)
+        tl.store(codes + row * code_stride + k, float8(tl.div_rn(value, step), 3, 7, 448.0), k < inputs)
+
+
+def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `in_float8`: the same numbers, made in one launch."""
+    rows, inputs = x.shape
+    codes = torch.empty((rows, inputs), dtype=torch.uint8, device=x.device)
+    steps = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    _narrow[(rows,)](codes, steps, x, inputs, x.stride(0), inputs, BLOCK=1024, num_warps=4)
+    return codes.view(torch.float8_e4m3fn), steps
+
+
 def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
     """What a weight's numbers are, and the tile that a program takes of it; `few` rows leave its bytes to be all that counts."""
     group, offsets = packed.group, packed.offsets
@@ -132,7 +158,7 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
     if not rows or not outputs:
         return out
     if rounded and serves(x, packed):
-        return scaled(x, packed, bias)
+        return scaled(*narrowed(x), packed, bias)
     if rounded and packed.integers:
         x = in_8_bits(x, group)
     few = rows <= FEW_ROWS

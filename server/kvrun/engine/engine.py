@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvrun.device import serving
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
@@ -98,7 +97,7 @@ class Engine:
             "positions": model.positions,
             "long_after": model.long_after,
             "end_tokens": list(model.end_tokens),
-            "kernels": serving(model.device),
+            "kernels": model.kernels,
             "page_bytes": self.page_bytes,
             "page_tokens": self.page_tokens,
             "state_kinds": model.state_kinds,

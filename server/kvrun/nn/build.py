@@ -47,7 +47,11 @@ from kvrun.weights.reading import memory_given_back
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
 
-ROUNDED = "--activation-dtype int8 rounds what is multiplied with integer codes"
+# What --activation-dtype takes: the numbers that inputs become, the codes that they meet, and what makes such codes.
+ROUNDED = {
+    "int8": (torch.int8, "integer codes", "int8 or int4"),
+    "fp8": (torch.float8_e4m3fn, "codes of float8_e4m3fn that share a scale for each output", "fp8"),
+}
 PEFT_HEAD = "lm_head"  # what transformers calls any model's head, whatever its published files call it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +69,7 @@ def load_model(
     """Load this rank's share of the model in a folder.
 
     `device` None is the CPU · `dtype` "auto" is the config's own, or what suits the device better · `activation_dtype` "auto"
-    is that of the model, "int8" rounds what quantized linears take · `packed_cache` is a folder that keeps weights as the
+    is that of the model, "int8" and "fp8" round what quantized linears take · `packed_cache` is a folder that keeps weights as the
     kernels read them, for the next start.
     Raises ConfigError, FilesError or Unsupported before any weight is read when something about the folder is wrong.
     """
@@ -80,9 +84,7 @@ def load_model(
     chosen = _dtype(dtype, config, checkpoint)
     chosen = device.suited(chosen, model.magnitude) if dtype == "auto" else chosen
     _refuse_narrow(chosen, model)
-    rounded = activation_dtype == "int8"
-    if rounded and isinstance(weights, Dense):
-        raise Unsupported(f"{ROUNDED}, and nothing is quantized; leave it out, or add --quantize int8 or int4")
+    rounded = _rounded(activation_dtype, device, chosen, weights)
     cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
     build = _Build(model, plan, loader, weights, chosen, group, rounded, cache)
     with memory_given_back(), device.place:
@@ -91,7 +93,7 @@ def load_model(
         sight = build.sight()
     loader.close()
     if rounded and not any(linear.weight.rounded for linear in build.linears):
-        raise Unsupported(f"{ROUNDED}, and the codes of {method(quantize, stored)} are none; leave it out")
+        raise Unsupported(f"{_meets(activation_dtype)}, and the codes of {method(quantize, stored)} are none; leave it out")
     cache.keep()
     vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
@@ -130,6 +132,25 @@ def _dtype(asked: str | torch.dtype, config: Config, checkpoint: Checkpoint) -> 
     return DTYPES[name]
 
 
+def _rounded(asked: str, device: Device, dtype: torch.dtype, weights: LinearFormat) -> torch.dtype | None:
+    """What inputs of quantized linears become. Raises Unsupported where device, weights or the model's dtype have no such product."""
+    if asked == "auto":
+        return None
+    if asked not in device.narrow:
+        here = " or ".join(("auto", *device.narrow))
+        raise Unsupported(f"--activation-dtype {asked} was asked for on {device.place}, which has no such product; {here} is served")
+    narrow, _, made_by = ROUNDED[asked]
+    if isinstance(weights, Dense):
+        raise Unsupported(f"{_meets(asked)}, and nothing is quantized; leave it out, or add --quantize {made_by}")
+    if narrow.is_floating_point and dtype != torch.bfloat16:
+        raise Unsupported(f"--activation-dtype {asked} rounds what is bfloat16, and the model computes in {dtype}; add --dtype bfloat16")
+    return narrow
+
+
+def _meets(asked: str) -> str:
+    return f"--activation-dtype {asked} rounds what is multiplied with {ROUNDED[asked][1]}"
+
+
 def _refuse_narrow(dtype: torch.dtype, model: Model) -> None:
     most = torch.finfo(dtype).max
     if most < model.magnitude:
@@ -148,7 +169,7 @@ class _Build:
         weights: LinearFormat,
         dtype: torch.dtype,
         group: Group,
-        rounded: bool,
+        rounded: torch.dtype | None,
         cache: PackedCache,
     ) -> None:
         self.shared = Shared(plan.split, group, dtype)
@@ -308,7 +329,7 @@ class _Build:
             rows = (rows for _, rows in self._loader.rows(plan.cuts))
             return DenseLinear.of(rows, plan.out_features, plan.in_features, self.shared.dtype)
         parts = [self._part(plan, cut, weights) for cut, weights in zip(plan.cuts, formats, strict=True)]
-        return build_weight(parts, plan.in_features, self.shared.dtype, self._rounded and not exact)
+        return build_weight(parts, plan.in_features, self.shared.dtype, None if exact else self._rounded)
 
     def _part(self, plan: LinearPlan, cut: Cut, weights: LinearFormat) -> Codes | Tensor:
         if isinstance(weights, Made) and not plan.transposed:

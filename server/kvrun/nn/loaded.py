@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvrun.device import Device
+from kvrun.device import Device, serving
 from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
@@ -20,6 +20,8 @@ from kvrun.state.pages import KvPages, page_bytes
 from kvrun.state.pool import Pool
 from kvrun.state.shapes import PageShape, SlotShape
 from kvrun.state.slots import Slots, slot_bytes
+
+NARROW = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # numbers of 8 bits by the names that --activation-dtype has for them
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,16 @@ class LoadedModel:
 
     @property
     def activation_dtype(self) -> str:
-        """What linears multiply their weights with; "int8" where some of it is rounded first."""
-        return "int8" if any(linear.weight.rounded for linear in self.linears) else str(self.dtype).removeprefix("torch.")
+        """What linears multiply their weights with; "int8" or "fp8" where some of it is rounded first."""
+        rounded = next((linear.weight.rounded for linear in self.linears if linear.weight.rounded), None)
+        return str(self.dtype).removeprefix("torch.") if rounded is None else NARROW[rounded]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What serves each op for this model where it lies."""
+        found = serving(self.device)
+        # Beside it, for what is no such product: experts, and the head.
+        return {**found, "quantized_linear": f"torch, {found['quantized_linear']}"} if self.activation_dtype == "fp8" else found
 
     @property
     def state_kinds(self) -> list[str]:

@@ -45,7 +45,7 @@ class AwqGemm:
         """See LinearFormat."""
         fields, zeros = _in_order(tensors["qweight"]), _in_order(tensors["qzeros"])
         codes = whole_numbers(fields, zeros.to(torch.int16), tensors["scales"].T.contiguous(), 4)
-        return grouped(codes, indices(cut.cols) // (self._group or cut.in_features))
+        return grouped(codes, indices(cut.cols, fields) // (self._group or cut.in_features))
 
 
 class AwqGemv(AwqGemm):
@@ -62,7 +62,7 @@ class AwqGemv(AwqGemm):
         count = -(-cut.in_features // group)
         fields = unpack(tensors["qweight"], 4, 1)
         zeros = unpack(tensors["qzeros"], 4, 1)[:, :count].to(torch.int16)
-        return grouped(whole_numbers(fields, zeros, tensors["scales"][:, :count], 4), indices(cut.cols) // group)
+        return grouped(whole_numbers(fields, zeros, tensors["scales"][:, :count], 4), indices(cut.cols, fields) // group)
 
 
 def _in_order(packed: Tensor) -> Tensor:

@@ -74,8 +74,9 @@ class Table4:
     def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
         """See LinearFormat."""
         state = json.loads(bytes(tensors[self._state].tolist()))
-        rows, columns, block = indices(cut.rows), indices(cut.cols), int(state["blocksize"])
-        pairs = tensors["weight"].view(torch.uint8).reshape(len(rows), -1)
+        packed, block = tensors["weight"].view(torch.uint8), int(state["blocksize"])
+        rows, columns = indices(cut.rows, packed), indices(cut.cols, packed)
+        pairs = packed.reshape(len(rows), -1)
         values = torch.stack((pairs >> 4, pairs & 15), dim=2).flatten(1)
         # The longest run of inputs that lies in one block whichever output it belongs to.
         group = math.gcd(cut.in_features, block)

@@ -18,10 +18,10 @@ from kvrun.quant.made import INT8, encoded, per_output
 class CodedLinear:
     """A weight as packed codes."""
 
-    def __init__(self, codes: Codes, in_features: int, rounded: bool = False) -> None:
-        """The codes are not kept beside their packed form. `rounded`: multiply inputs in 8 bits where the kernel can."""
-        self._rounded = rounded
+    def __init__(self, codes: Codes, in_features: int, rounded: torch.dtype | None = None) -> None:
+        """The codes are not kept beside their packed form. `rounded`: inputs become such numbers where the kernel takes them."""
         self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table)
+        self._rounded = rounded is not None and self.packed.narrow == rounded
         self._order, self._in_features = codes.order, in_features
 
     @property
@@ -30,9 +30,9 @@ class CodedLinear:
         return self.packed.nbytes
 
     @property
-    def rounded(self) -> bool:
+    def rounded(self) -> torch.dtype | None:
         """See QuantizedLinear."""
-        return self._rounded and self.packed.integers
+        return self.packed.narrow if self._rounded else None
 
     @property
     def ordered(self) -> bool:
@@ -83,9 +83,9 @@ class Stacked:
         return sum(part.nbytes for part in self._parts)
 
     @property
-    def rounded(self) -> bool:
+    def rounded(self) -> torch.dtype | None:
         """See QuantizedLinear."""
-        return any(part.rounded for part in self._parts)
+        return next((part.rounded for part in self._parts if part.rounded), None)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out]"""
@@ -101,8 +101,8 @@ class Stacked:
         return torch.cat([part.dense().float() for part in self._parts])
 
 
-def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype, rounded: bool = False) -> QuantizedLinear:
-    """One linear of its parts' rows below each other; plain parts take `dtype`, inputs of coded ones 8 bits if `rounded`."""
+def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype, rounded: torch.dtype | None = None) -> QuantizedLinear:
+    """One linear of its parts' rows below each other; plain parts take `dtype`, inputs of coded ones the 8 bits of `rounded`."""
     if len(parts) == 1:
         (part,) = parts
         return CodedLinear(part, in_features, rounded) if isinstance(part, Codes) else DenseLinear(part.to(dtype))

@@ -100,7 +100,7 @@ class Packed:
         codes = whole_numbers(fields, zeros, scales, self._bits)
         if self._ordered:
             return grouped(codes, tensors["weight_g_idx"].long())
-        return grouped(codes, indices(cut.cols) // _group(self._group, cut))
+        return grouped(codes, indices(cut.cols, fields) // _group(self._group, cut))
 
 
 class NvFp4:
@@ -126,7 +126,7 @@ class NvFp4:
         pairs, table = tensors["weight_packed"], torch.tensor(POSITIVE)
         values = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
         scales = tensors["weight_scale"].float() / tensors["weight_global_scale"].float()
-        return grouped(Codes(values, scales, table=torch.cat((table, -table))), indices(cut.cols) // NVFP4_GROUP)
+        return grouped(Codes(values, scales, table=torch.cat((table, -table))), indices(cut.cols, values) // NVFP4_GROUP)
 
 
 class Int8:
@@ -150,7 +150,7 @@ class Int8:
 
     def decode(self, tensors: Mapping[str, Tensor], cut: Cut) -> Codes:
         """See LinearFormat."""
-        rows = indices(cut.rows)
+        rows = indices(cut.rows, tensors["weight"])
 
         def by_row(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, 1).expand(cut.out_features, 1)[rows] if tensor.numel() == 1 else tensor[rows]
@@ -159,7 +159,7 @@ class Int8:
         codes = Codes(tensors["weight"], scales)
         if self._asymmetric:
             codes = shifted(codes, -by_row(tensors["weight_zero_point"]).to(torch.int16))
-        return grouped(codes, indices(cut.cols) // (cut.in_features // scales.shape[1]))
+        return grouped(codes, indices(cut.cols, scales) // (cut.in_features // scales.shape[1]))
 
 
 def _group(stated: int | None, cut: Cut) -> int:

@@ -35,7 +35,7 @@ class Dense:
 class DenseLinear:
     """A packed weight."""
 
-    rounded = False
+    rounded = None
 
     def __init__(self, weight: Tensor) -> None:
         """weight [out, in]; not kept beside its packed form."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvrun.quant.codes import Codes
@@ -22,8 +23,8 @@ class QuantizedLinear(Protocol):
         """Bytes held."""
 
     @property
-    def rounded(self) -> bool:
-        """Whether some of what it multiplies is rounded to 8 bits first."""
+    def rounded(self) -> torch.dtype | None:
+        """The numbers of 8 bits that some of what it multiplies is rounded to first; None where all of it stays as it is."""
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> x @ dense().T + bias, [T, out], in x's dtype."""

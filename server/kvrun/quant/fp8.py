@@ -43,13 +43,13 @@ class Float8:
         weight, scale = tensors["weight"], tensors[self._scale].float()
         if weight.dtype != torch.float8_e4m3fn:
             raise Unsupported(f"{cut.module}: weights of {weight.dtype} with scales are not read; read are those of float8_e4m3fn")
-        rows = indices(cut.rows)
+        rows = indices(cut.rows, weight)
         if scale.numel() == 1:
             return Codes(weight, scale.reshape(1, 1).expand(len(rows), 1))
         if self._block is None or scale.shape[0] == cut.out_features:
             return Codes(weight, scale.reshape(cut.out_features, -1)[rows])
         high, wide = self._block
-        return grouped(Codes(weight, scale[rows // high]), indices(cut.cols) // wide)
+        return grouped(Codes(weight, scale[rows // high]), indices(cut.cols, weight) // wide)
 
 
 @stored("fp8")

@@ -51,7 +51,7 @@ class Gguf:
         blocks = tensors[self._kind]
         if self._kind in PLAIN:
             return blocks.flatten(1).view(torch_dtype(self._kind))
-        places = indices(BYTES[self._kind].places(cut))
+        places = indices(BYTES[self._kind].places(cut), blocks)
         codes = _codes(self._kind, blocks)
         if len(places) == codes.values.shape[1]:
             return codes
@@ -75,7 +75,7 @@ class KeysAndValues(Gguf):
         """See LinearFormat."""
         keys, values = (_numbers(tensors[name], name.rpartition(".")[2]) for name in (self._keys, self._values))
         whole = torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
-        return whole[indices(cut.rows)][:, indices(cut.cols)]
+        return whole[indices(cut.rows, whole)][:, indices(cut.cols, whole)]
 
 
 def _numbers(blocks: Tensor, kind: str) -> Tensor:

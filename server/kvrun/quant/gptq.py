@@ -56,7 +56,7 @@ class Gptq:
         codes = whole_numbers(fields, zeros, tensors["scales"].T.contiguous(), self._bits)
         if self._has_order:
             return grouped(codes, tensors["g_idx"].long())
-        return grouped(codes, indices(cut.cols) // (self._group or cut.in_features))
+        return grouped(codes, indices(cut.cols, fields) // (self._group or cut.in_features))
 
 
 @stored("gptq")

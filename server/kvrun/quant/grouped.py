@@ -25,7 +25,7 @@ class GroupedWeights:
         packed = ops.Grouped([weight.packed for weight in self._coded], biases) if len(self._coded) == len(weights) else None
         # Codes of several forms have no place in one call.
         self._packed = packed if packed is not None and packed.table is not None else None
-        self._rounded = any(weight.rounded for weight in self._coded)
+        self._rounded = any(weight.rounded == torch.int8 for weight in self._coded)  # floats of 8 bits meet experts one by one only
         self._ordered = any(weight.ordered for weight in self._coded)
 
     def matmul(self, x: Tensor, offsets: Tensor) -> Tensor:

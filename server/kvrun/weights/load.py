@@ -201,11 +201,12 @@ def whole(checkpoint: Checkpoint, name: str) -> Tensor:
     return out
 
 
-def indices(runs: Runs) -> Tensor:
-    """The indices that ranges hold, in their order, int64 on the host: adapters are cut there."""
+def indices(runs: Runs, beside: Tensor | None = None) -> Tensor:
+    """The indices that ranges hold, in their order, int64: where `beside` lies, else on the host, where adapters are cut."""
     import torch
 
-    return torch.cat([torch.arange(*run, device="cpu") for run in merge(runs)] or [torch.empty(0, dtype=torch.int64, device="cpu")])
+    place = torch.device("cpu") if beside is None else beside.device
+    return torch.cat([torch.arange(*run, device=place) for run in merge(runs)] or [torch.empty(0, dtype=torch.int64, device=place)])
 
 
 def torch_dtype(name: str) -> torch.dtype:
