@@ -43,8 +43,6 @@ def serve(argv: Sequence[str]) -> int:
 
 def _load(config: ServeConfig) -> Engine:
     """This rank's engine, warm. The socket is bound by now, so this is where torch is imported."""
-    import os
-
     import kvrun_kernels
     import torch
 
@@ -55,9 +53,9 @@ def _load(config: ServeConfig) -> Engine:
     from kvrun.engine.memory import MemoryBudget
     from kvrun.nn.build import load_model
 
-    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
-    torch.set_num_threads(threads)
-    kvrun_kernels.set_num_threads(threads)
+    if config.num_threads:
+        kvrun_kernels.set_num_threads(config.num_threads)
+    torch.set_num_threads(kvrun_kernels.get_num_threads())
     device = devices.choose(config.device, config.rank, config.cuda_memory_fraction)
     devices.refuse_for_cpus(device, {"--packed-cache": config.packed_cache is not None})
     devices.serving(device, config.strict_kernels)

@@ -34,7 +34,7 @@ class ServeConfig:
     quantize: str | None
     activation_dtype: str
     packed_cache: Path | None
-    num_threads: int  # 0 = as many as this process may run on, divided among the ranks
+    num_threads: int  # 0 = one for each processor that this process may run on
     kv_cache_bytes: int  # 0 = a share of what is free
     adapter_bytes: int  # 0 = a share of what is free
     page_tokens: int
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")
     add("--activation-dtype", choices=ACTIVATION_DTYPES, default="auto", help="what quantized linears multiply; 8 bits are not exact")
     add("--packed-cache", type=Path, help="folder that keeps weights as the kernels read them, for the next start")
-    add("--num-threads", type=int, default=0, help="threads of this rank; 0 = all it may run on, divided among the ranks")
+    add("--num-threads", type=int, default=0, help="threads of this rank; 0 = one for each processor it may run on")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")
     add("--adapter-bytes", type=int, default=0, help="bytes for adapters; 0 = a share of what is free")
     add("--page-tokens", type=int, default=16, help="tokens in a page")

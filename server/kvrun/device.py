@@ -82,7 +82,8 @@ class Cpu:
 
     def describe(self) -> str:
         """See Device."""
-        return f"the CPU, {kvrun_kernels.get_num_threads()} threads, {self.free_bytes() / 2**30:.1f} GiB free"
+        threads = kvrun_kernels.get_num_threads()
+        return f"the CPU, {threads} thread{'s' * (threads > 1)} on processors {processors()}, {self.free_bytes() / 2**30:.1f} GiB free"
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,11 @@ def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sy
         if limit.isdigit():
             free = min(free, max(int(limit) - int(usage), 0))
     return free
+
+
+def processors(status: Path = Path("/proc/self/status")) -> str:
+    """Those that this process may run on, as the kernel lists them: "0-3,8"."""
+    return next(line for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list:")).split()[1]
 
 
 def _tensors(made: Any) -> Iterator[Tensor]:

@@ -149,6 +149,7 @@ impl Options {
             vocabulary_limit: self.vocabulary,
             kv_dtype: "float32".to_owned(),
             activation_dtype: "float32".to_owned(),
+            threads: 1,
             lora_targets: vec!["q_proj".to_owned(), "v_proj".to_owned()],
             ..Default::default()
         }

@@ -50,6 +50,8 @@ pub struct Info {
     pub activation_dtype: String,
     /// Tensor-parallel ranks.
     pub shards: u32,
+    /// Threads on the host's processors that each rank computes with.
+    pub threads: u32,
     pub vocabulary: u32,
     /// The kernel that runs each operation.
     pub kernels: BTreeMap<String, String>,
@@ -103,6 +105,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         kv_dtype: description.kv_dtype,
         activation_dtype: description.activation_dtype,
         shards: description.world,
+        threads: description.threads,
         vocabulary: description.vocabulary,
         kernels: description.kernels.into_iter().collect(),
         lora_targets: description.lora_targets,

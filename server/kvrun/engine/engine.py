@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
+import kvrun_kernels
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,6 +93,7 @@ class Engine:
             "kv_dtype": stored_name(self.kv_dtype),
             "activation_dtype": model.activation_dtype,
             "device": str(model.device.place),
+            "threads": kvrun_kernels.get_num_threads(),
             "vocabulary": model.vocabulary,
             "vocabulary_limit": model.vocabulary_limit,
             "positions": model.positions,
