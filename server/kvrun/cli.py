@@ -72,13 +72,14 @@ def _load(config: ServeConfig) -> Engine:
         quantize=config.quantize,
         activation_dtype=config.activation_dtype,
         packed_cache=config.packed_cache,
+        attention=config.attention,
     )
     kv_dtype = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     ranks = config.world_size if device.shared else 1
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, ranks, device.free_bytes)
     engine = Engine(model, group, budget, config.page_tokens, kv_dtype)
     engine.warm()
-    devices.announce(device, model.kernels, model.activation_dtype)
+    devices.announce(device, engine.kernels, model.activation_dtype)
     return engine
 
 

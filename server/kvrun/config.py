@@ -13,6 +13,7 @@ from kvrun.errors import ConfigError
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ACTIVATION_DTYPES = ("auto", "int8", "fp8")
+ATTENTION = ("auto", "flashinfer", "native")
 KV_CACHE_DTYPES = (*DTYPES, "fp8_e4m3fn", "fp8_e5m2", "int8")
 
 
@@ -29,6 +30,7 @@ class ServeConfig:
     device: str
     cuda_memory_fraction: float  # of a GPU's memory that this rank may take
     strict_kernels: bool
+    attention: str
     dtype: str
     kv_cache_dtype: str
     quantize: str | None
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=DEVICES, default="auto", help="auto = the GPU of this rank's number where there is one, else the CPU")
     add("--cuda-memory-fraction", type=float, default=1.0, help="of a GPU's memory that this rank may take")
     add("--strict-kernels", action="store_true", help="refuse to start where plain PyTorch would serve an op")
+    add("--attention", choices=ATTENTION, default="auto", help="auto = FlashInfer where it is installed and knows the GPU, else native")
     add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own; on a GPU in 16 bits")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto = the model's")
     add("--quantize", default="", help="weight format; the checkpoint's own when absent")

@@ -37,6 +37,10 @@ class Device(Protocol):
     def shared(self) -> bool:
         """Whether all ranks of a group divide its memory among them."""
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability of a GPU; None of a CPU."""
+
     def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
         """What to compute a model in whose checkpoint has this dtype and whose hidden states reach `magnitude`, if nobody said."""
 
@@ -63,6 +67,7 @@ class Cpu:
 
     place = torch.device("cpu")
     shared = True
+    capability = None
     narrow = ("int8",)
 
     def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
@@ -98,6 +103,11 @@ class Cuda:
     def place(self) -> torch.device:
         """See Device."""
         return torch.device("cuda", self.index)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """See Device."""
+        return torch.cuda.get_device_capability(self.index)
 
     @property
     def narrow(self) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ struct RealArgs {
     #[arg(long, hide = true)]
     strict_kernels: bool,
     #[arg(long, hide = true)]
+    attention: Option<String>,
+    #[arg(long, hide = true)]
     dtype: Option<String>,
     #[arg(long, hide = true)]
     kv_cache_dtype: Option<String>,

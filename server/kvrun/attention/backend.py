@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kvrun.state.pages import KvPages
+from kvrun.state.shapes import PageUse
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """Rows of a batch as the host knows them, by the names of Ragged: planning reads them without waiting for the device."""
+
+    query_start: np.ndarray
+    contexts: np.ndarray
+    page_table: np.ndarray
 
 
 class Ragged(Protocol):
@@ -36,6 +48,10 @@ class Ragged(Protocol):
     @property
     def memory(self) -> Memory | None:
         """What cross-attention reads; None in a model without"""
+
+    @property
+    def host(self) -> HostRows | None:
+        """The same rows on the host; None = they are known where they lie only"""
 
 
 class Memory(Protocol):
@@ -71,6 +87,31 @@ class Scores:
     relative: Tensor | None = None  # [heads, 2 * R + 1] float32: added by key minus query position, kept within -R..R
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer: what serves it is decided once, from this."""
+
+    heads: int  # of this rank
+    kv_heads: int  # of this rank
+    head_dim: int
+    scores: Scores
+    use: PageUse = PageUse.SEQUENCE
+
+    def __str__(self) -> str:
+        s = self.scores
+        said = {
+            "window": s.window,
+            "soft cap": s.softcap,
+            "slopes": s.slopes is not None,
+            "sinks": s.sinks is not None,
+            "relative": s.relative is not None,
+            "latent": s.value_dim,
+            self.use.value: self.use is not PageUse.SEQUENCE,
+        }
+        more = [name if value is True else f"{name} {value:g}" for name, value in said.items() if value]
+        return ", ".join([f"{self.heads} heads over {self.kv_heads} of {self.head_dim}", *more])
+
+
 class AttentionStep(Protocol):
     """A prepared step."""
 
@@ -91,4 +132,10 @@ class AttentionBackend(Protocol):
     """One way to compute attention over pages."""
 
     def plan(self, batch: Ragged, kv: KvPages) -> AttentionStep:
-        """Prepare what all layers of a step share."""
+        """Prepare what all layers of a step share. A plan is good until the next one is made."""
+
+    def fixed(self, batch: Ragged, kv: KvPages) -> AttentionStep:
+        """The same for a step that is captured: what its tensors hold is new in each replay, so nothing may be prepared by it."""
+
+    def serving(self, stored: torch.dtype) -> dict[str, str]:
+        """What serves each kind of layer over a pool of this dtype, where that is not one op for all."""

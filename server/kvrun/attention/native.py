@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
@@ -46,3 +47,11 @@ class Native:
     def plan(self, batch: Ragged, kv: KvPages) -> NativeStep:
         """See AttentionBackend."""
         return NativeStep(batch, kv)
+
+    def fixed(self, batch: Ragged, kv: KvPages) -> NativeStep:
+        """See AttentionBackend."""
+        return NativeStep(batch, kv)
+
+    def serving(self, stored: torch.dtype) -> dict[str, str]:
+        """Nothing beside the ops that `device.serving` names."""
+        return {}

@@ -14,7 +14,7 @@ from kvrun.engine.images import Chunk, SequenceImages
 from kvrun.engine.looked import LookedImages, looked_at
 from kvrun.engine.sequence import Row, Sequence
 from kvrun.lora.table import AdapterTable, Run
-from kvrun.nn.batch import ForwardBatch, MemoryRows, SlotRows
+from kvrun.nn.batch import ForwardBatch, HostRows, MemoryRows, SlotRows
 
 Work = tuple[Row, Sequence]
 
@@ -47,6 +47,7 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
         reach=reach,
         memory=_memory(sequences, counts) or _looked(work),
         recurrent=_recurrent(sequences, starts),
+        host=HostRows(places.query_start, places.contexts, places.page_table),
     )
 
 

@@ -66,6 +66,11 @@ class Engine:
         """Bytes of one page of this rank, all layers."""
         return self.model.page_bytes(self.page_tokens, self.kv_dtype)
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What serves each op for this model, and each kind of its layers that attends to pages of this format."""
+        return self.model.kernels | self.model.decoder.attention.serving(self.kv_dtype)
+
     def warm(self) -> None:
         """Run the model once over a few tokens, so that the first request does not pay for what is set up on first use.
 
@@ -99,7 +104,7 @@ class Engine:
             "positions": model.positions,
             "long_after": model.long_after,
             "end_tokens": list(model.end_tokens),
-            "kernels": model.kernels,
+            "kernels": self.kernels,
             "page_bytes": self.page_bytes,
             "page_tokens": self.page_tokens,
             "state_kinds": model.state_kinds,

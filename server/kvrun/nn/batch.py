@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kvrun.attention.backend import HostRows
+
 if TYPE_CHECKING:
     from kvrun.nn.linear import LinearDelta
 
@@ -57,3 +59,4 @@ class ForwardBatch:
     memory: MemoryRows | None = None  # of a model that reads a source
     recurrent: SlotRows | None = None  # of a model that carries a state along
     splice: Splice | None = None  # of tokens that stand for images
+    host: HostRows | None = None  # query_start, contexts and page_table where they were made; None = nobody kept them

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import kvrun.nn.mixers  # noqa: F401  (registers the module of every kind of mixer)
 from kvrun import models
+from kvrun.attention.choice import Maker, choose_attention
 from kvrun.attention.native import Native
 from kvrun.device import Cpu, Device
 from kvrun.dist import Group
@@ -65,15 +66,17 @@ def load_model(
     quantize: str | None = None,
     activation_dtype: str = "auto",
     packed_cache: Path | None = None,
+    attention: str = "auto",
 ) -> LoadedModel:
     """Load this rank's share of the model in a folder.
 
     `device` None is the CPU · `dtype` "auto" is the config's own, or what suits the device better · `activation_dtype` "auto"
     is that of the model, "int8" and "fp8" round what quantized linears take · `packed_cache` is a folder that keeps weights as the
-    kernels read them, for the next start.
+    kernels read them, for the next start · `attention` is what computes it, by the names of --attention.
     Raises ConfigError, FilesError or Unsupported before any weight is read when something about the folder is wrong.
     """
     device, group = device or Cpu(), group or Group.single()
+    attend = choose_attention(attention, device.place, device.capability)
     config, model = models.read(folder)
     stored = config.get("quantization_config") or config.get("compression_config")
     weights = choose(quantize, stored)
@@ -86,7 +89,7 @@ def load_model(
     _refuse_narrow(chosen, model)
     rounded = _rounded(activation_dtype, device, chosen, weights)
     cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
-    build = _Build(model, plan, loader, weights, chosen, group, rounded, cache)
+    build = _Build(model, plan, loader, weights, chosen, group, rounded, cache, attend)
     with memory_given_back(), device.place:
         decoder = build.decoder()
         encoder = build.encoder(decoder.embed)
@@ -171,13 +174,14 @@ class _Build:
         group: Group,
         rounded: torch.dtype | None,
         cache: PackedCache,
+        attend: Maker,
     ) -> None:
         self.shared = Shared(plan.split, group, dtype)
         self.linears = self.shared.linears
         self._model, self._plan, self._loader, self._format = model, plan, loader, weights
         self._shares_embedding = self._one_end()
         self.hidden = model.decoder.embed.hidden
-        self._rounded, self._cache = rounded, cache
+        self._rounded, self._cache, self._attend = rounded, cache, attend
         self.saved: list[int] = []  # bytes that each coded weight takes less than as plain numbers
         self._whole = False  # whether what it makes is whole on every rank
 
@@ -193,7 +197,8 @@ class _Build:
         embed = self._embedding(head)
         residuals = tuple(self.step(step, layer.at) for layer in self._model.decoder.layers for step in layer.steps)
         rotaries, wide = tuple(self.shared.rotaries.values()), self._model.decoder.wide
-        return Decoder(embed, residuals, self._head(head), Native(), rotaries, wide)
+        attention = self._attend(self.shared.kinds, self.shared.dtype)
+        return Decoder(embed, residuals, self._head(head), attention, rotaries, wide)
 
     def encoder(self, embed: Embedding) -> Encoder | None:
         """The reader of sources, after the decoder, whose attention says where it keeps what."""

@@ -9,6 +9,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from kvrun.attention.backend import Kind
 from kvrun.dist import Group
 from kvrun.errors import Unsupported
 from kvrun.nn.linear import Linear, Source
@@ -45,6 +46,7 @@ class Shared:
     slots: list[SlotShape] = field(default_factory=list)  # one per array of a recurrent state
     readers: list[Reader] = field(default_factory=list)  # of what an encoder makes, in the order of the layers
     linears: list[Linear] = field(default_factory=list)  # every linear that adapters may change, by site
+    kinds: list[Kind] = field(default_factory=list)  # of every mixer that attends to pages
 
     def linear(
         self, role: str, sources: tuple[Source, ...], weight: QuantizedLinear, bias: Tensor | None, out_features: int, in_features: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvrun.attention.backend import Scores
+from kvrun.attention.backend import Kind, Scores
 from kvrun.nn.heads import HeadsNorm, heads_norm
 from kvrun.nn.linear import Linear
 from kvrun.nn.parts import Parts, build_mixer
@@ -60,6 +60,15 @@ def _(mixer: spec.Attention, parts: Parts) -> Attention:
         relative = relative_bias(position, parts.tables["relative"])[share.query[0] : share.query[1]].contiguous()
     assert parts.pages is not None, "attention keeps pages"
     use = PageUse.READING if isinstance(mixer, SourceAttention) else PageUse.SEQUENCE
+    scores = Scores(
+        scale=mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale,
+        window=mixer.window or 0,
+        slopes=slopes,
+        softcap=mixer.softcap or 0.0,
+        sinks=None if sinks is None else sinks.float(),
+        relative=relative,
+    )
+    shared.kinds.append(Kind(share.heads, share.kv_heads, mixer.head_dim, scores, use))
     return Attention(
         layer=shared.page_layer(parts.pages, use),
         heads=share.heads,
@@ -67,14 +76,7 @@ def _(mixer: spec.Attention, parts: Parts) -> Attention:
         head_dim=mixer.head_dim,
         qkv=parts.linears["qkv"],
         out=parts.linears["out"],
-        scores=Scores(
-            scale=mixer.head_dim**-0.5 if mixer.scale is None else mixer.scale,
-            window=mixer.window or 0,
-            slopes=slopes,
-            softcap=mixer.softcap or 0.0,
-            sinks=None if sinks is None else sinks.float(),
-            relative=relative,
-        ),
+        scores=scores,
         rotary=shared.rotary(position) if isinstance(position, Rope) else None,
         clip=mixer.clip,
         norm=None if mixer.norm is None else heads_norm(mixer, mixer.norm, share, parts),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvrun.attention.backend import Scores
+from kvrun.attention.backend import Kind, Scores
 from kvrun.nn.heads import PerHead, per_head
 from kvrun.nn.linear import Linear
 from kvrun.nn.parts import Parts, build_mixer
@@ -64,7 +64,7 @@ def _(mixer: SpecLookAt, parts: Parts) -> LookAt:
     layer, scores = parts.shared.page_layer(parts.pages, PageUse.MEMORY), Scores(mixer.head_dim**-0.5)
     norm = None if mixer.norm is None else per_head(mixer.norm, parts.tables)
     module = LookAt(layer, mixer.head_dim, **parts.linears, scores=scores, norm=norm)
-    parts.shared.readers.append(module)
+    _keep(module, parts)
     return module
 
 
@@ -75,5 +75,12 @@ def _(mixer: SpecCrossAttention, parts: Parts) -> CrossAttention:
     layer = parts.shared.page_layer(parts.pages, PageUse.MEMORY)
     linears = parts.linears
     module = CrossAttention(layer, mixer.head_dim, linears["query"], linears["key_value"], linears["out"], Scores(scale))
-    parts.shared.readers.append(module)
+    _keep(module, parts)
     return module
+
+
+def _keep(module: CrossAttention, parts: Parts) -> None:
+    assert parts.pages is not None, "what is read lies in pages"
+    heads = parts.linears["query"].out_features // module.head_dim
+    parts.shared.kinds.append(Kind(heads, parts.pages.kv_heads, module.head_dim, module.scores, PageUse.MEMORY))
+    parts.shared.readers.append(module)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvrun.attention.backend import Scores
+from kvrun.attention.backend import Kind, Scores
 from kvrun.nn.grouped import GroupedLinear, Groups
 from kvrun.nn.linear import Linear, Source
 from kvrun.nn.norms import Norm, norm_of
@@ -66,6 +66,8 @@ def _(mixer: spec.LatentAttention, parts: Parts) -> LatentAttention:
     heads = shared.split.heads(mixer.heads, mixer.heads).heads
     keys, values = _taken_apart(mixer, parts.folded["up"], heads, parts)
     assert parts.pages is not None, "attention keeps pages"
+    scores = Scores(scale=mixer.scale, value_dim=mixer.latent_dim)
+    shared.kinds.append(Kind(heads, parts.pages.kv_heads, parts.pages.head_dim, scores))
     return LatentAttention(
         layer=shared.page_layer(parts.pages),
         heads=heads,
@@ -80,7 +82,7 @@ def _(mixer: spec.LatentAttention, parts: Parts) -> LatentAttention:
         values=values,
         out=parts.linears["out"],
         rotary=shared.rotary(mixer.position),
-        scores=Scores(scale=mixer.scale, value_dim=mixer.latent_dim),
+        scores=scores,
     )
 
 
