@@ -20,6 +20,7 @@ from adapters import peft_model, write_adapter
 from kvrun import models
 from pictures import PARTS, Oracle, prompt
 from test_lora_rows import ADAPTER, ASKED
+from test_moe import PARAMETERS, PREFIXES, experts_adapters
 from test_parity import prompts
 from tiny import ROWS, distance, oracle_model, row_of, write_checkpoint
 from torch.overrides import TorchFunctionMode
@@ -70,7 +71,7 @@ def moved(model: torch.nn.Module, logits: Logits) -> Iterator[float]:
 
 
 def asked(row: str, seed: int, folder: Path) -> Iterator[tuple[torch.nn.Module, Logits]]:
-    """The models of a draw of weights and what tests ask of them: text, text with an adapter, text with images."""
+    """The models of a draw of weights and what tests ask of them: text, text with adapters, text with images."""
     checkpoint = write_checkpoint(row, folder / "checkpoint", seed=seed)
 
     def text(asked: Sequence[list[int]], model: torch.nn.Module) -> torch.Tensor:
@@ -79,6 +80,9 @@ def asked(row: str, seed: int, folder: Path) -> Iterator[tuple[torch.nn.Module, 
     yield oracle_model(checkpoint), partial(text, prompts())
     if ROWS[row].published is None:
         yield peft_model(checkpoint, write_adapter(folder / "adapter", checkpoint, **ADAPTER)), partial(text, ASKED)
+    if row in PARAMETERS:
+        for adapter in experts_adapters(row, checkpoint, folder / "experts"):
+            yield peft_model(checkpoint, adapter), partial(text, prompts(lengths=PREFIXES))
     images = models.read(checkpoint)[1].images
     if images is not None:
         shown = Oracle(checkpoint)

@@ -15,6 +15,8 @@ from test_parity import prompts
 from tiny import CLOSE, distance, oracle
 
 NAMES = ("gate_up_proj", "down_proj")
+# Of the codes: the first of the hundreds with which transformers' own logits in float32 are settled, as `draws.py` means it.
+FIRST_SEED = 700
 
 
 def random_codes(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ def folders(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
     )
     tensors = load_file(plain / "model.safetensors")
     coded = dict(tensors)
-    for seed, name in enumerate(name for name in tensors if name.endswith(NAMES)):
+    for seed, name in enumerate((name for name in tensors if name.endswith(NAMES)), FIRST_SEED):
         experts, inputs, outputs = tensors[name].shape
         blocks, scales = random_codes((experts, outputs, inputs), seed)
         tensors[name] = apart(blocks, scales).contiguous()
