@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tiny.llava_next import TOWER, visible
+from tiny.llava_next import TOWER, glancing
 from tiny.row import COMMON, SHAPE, VOCABULARY, Row
 
 VISION = {name: size for name, size in TOWER.items() if name != "hidden_size"}
@@ -36,7 +36,7 @@ def text_only(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def gated(model: torch.nn.Module) -> None:
     """Open the gates, which begin shut."""
-    visible(model)
+    glancing(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "alpha" in name:

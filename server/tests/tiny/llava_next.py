@@ -20,20 +20,33 @@ LLAVA = {
 }
 
 
+def seeing(name: str) -> bool:
+    """Whether a parameter is of what makes features of a picture."""
+    return any(part in name for part in ("vision", "connector", "projector"))
+
+
 def visible(model: torch.nn.Module) -> None:
     """Weigh patches and positions alike, so that a picture's pixels and their places both show in its features.
 
-    And let many of them show: with matrices as large as elsewhere, a patch, or a token of the text, would look at one other and
-    no more, and which of many patches alike that is would hang on the last bit of a float32.
+    And let many of them show: with matrices as large as elsewhere, a patch would look at one other and no more, and which of many
+    patches alike that is would hang on the last bit of a float32.
     """
-    gentle = ("vision", "connector", "projector", "q_proj", "k_proj")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("patch_embedding.weight"):
                 parameter *= 0.05
             elif name.endswith("position_embedding.weight"):
                 parameter *= 50
-            elif parameter.dim() == 2 and any(part in name for part in gentle):
+            elif parameter.dim() == 2 and seeing(name):
+                parameter *= 1 / 6
+
+
+def glancing(model: torch.nn.Module) -> None:
+    """Let a token of the text look at many patches too, which lie so near each other that a last bit would choose among them."""
+    visible(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not seeing(name) and name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter *= 1 / 6
 
 
@@ -44,7 +57,7 @@ def processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-SEEING = {"auto": "AutoModelForImageTextToText", "adjust": visible}
+SEEING = {"auto": "AutoModelForImageTextToText", "adjust": glancing}
 OWN = {"specials": ("<image>",), "prepare": processor, "architecture": "LlavaNextForConditionalGeneration"}
 
 ROWS = {
