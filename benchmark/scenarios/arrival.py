@@ -42,6 +42,7 @@ def ask(server: Running, turn: int) -> Figures:
     meanwhile += [gap for a in answers for gap in around(a.arrivals, arrived.sent, arrived.arrivals[0])]
     return {
         "ms between tokens, before": 1e3 * quantile(before, 0.5),
+        "p99 before": 1e3 * quantile(before, 0.99),  # what the machine's own unrest makes of steps that are all alike
         "meanwhile": 1e3 * quantile(meanwhile, 0.5),
         "p99 meanwhile": 1e3 * quantile(meanwhile, 0.99),
         "the prompt's first token, s": arrived.first_token_s,
