@@ -127,6 +127,9 @@ class AttentionStep(Protocol):
     def recall(self, layer: int, q: Tensor, scores: Scores) -> Tensor:
         """Attend each query to its sequence's memory. q [T, heads, dim] · out [T, heads, dim]"""
 
+    def renew(self, batch: Ragged) -> None:
+        """Prepare a step that `fixed` made for the rows of a batch that its own holds by now. Rows beyond them are nobody's."""
+
 
 class AttentionBackend(Protocol):
     """One way to compute attention over pages."""
@@ -135,7 +138,10 @@ class AttentionBackend(Protocol):
         """Prepare what all layers of a step share. A plan is good until the next one is made."""
 
     def fixed(self, batch: Ragged, kv: KvPages) -> AttentionStep:
-        """The same for a step that is captured: what its tensors hold is new in each replay, so nothing may be prepared by it."""
+        """The same for a step of single tokens that is captured: what its tensors hold is new in each replay, and `renew` comes before.
+
+        What `run` does there is the same each time, and asks the host nothing.
+        """
 
     def serving(self, stored: torch.dtype) -> dict[str, str]:
         """What serves each kind of layer over a pool of this dtype, where that is not one op for all."""

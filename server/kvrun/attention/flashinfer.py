@@ -7,7 +7,7 @@ they lie: FlashInfer calls [pages, 2, kv_heads, page_tokens, head_dim] the layou
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,6 +128,11 @@ class FlashInferStep(NativeStep):
         wrapper = self.planned[shape]
         return wrapper.run(q, pool) if scores.sinks is None else wrapper.run(q, pool, scores.sinks, scores.scale)
 
+    def renew(self, batch: Ragged) -> None:
+        """See AttentionStep."""
+        rows = _padded(batch.host or _fetched(batch), len(self.batch.contexts), self.kv.pages)
+        self.backend.replan(self, PagedRows.of(rows, self.kv.page_tokens))
+
 
 class FlashInfer:
     """The backend of GPUs that FlashInfer knows; see `missing`."""
@@ -137,6 +142,7 @@ class FlashInfer:
         self._package, self._dtype, self._place = package, dtype, place
         self._lacking = {kind: self._lacks(kind) for kind in dict.fromkeys(kinds)}
         self._wrappers: dict[tuple[Shape, torch.dtype, bool], Any] = {}
+        self._fixed: dict[tuple[Shape, torch.dtype, torch.Size], Any] = {}
         served = not all(self._lacking.values())
         # Of zeros, because some kernels keep counters there that they leave as they found them.
         self._workspace = torch.zeros(WORKSPACE_BYTES if served else 0, dtype=torch.uint8, device=place)
@@ -144,21 +150,37 @@ class FlashInfer:
     def plan(self, batch: Ragged, kv: KvPages) -> NativeStep:
         """See AttentionBackend. Waits for the device only where the batch has no rows on the host."""
         step = FlashInferStep(batch, kv, self)
-        if batch.host is not None and batch.reach is None and kv.layers:
-            stored = kv.layers[0].dtype
-            self.prepare(step, dict.fromkeys(shape for kind in self._lacking if (shape := self.shape(kind, stored)) is not None))
+        if batch.host is not None and batch.reach is None:
+            self.prepare(step, self._shapes(kv))
         return step
 
     def fixed(self, batch: Ragged, kv: KvPages) -> NativeStep:
-        """See AttentionBackend: a plan holds for the rows that it was made of, so captured steps are left to the ops."""
-        return NativeStep(batch, kv)
+        """See AttentionBackend. Plans lie outside of what is computed again, in buffers that it reads."""
+        step = FlashInferStep(batch, kv, self)
+        for shape in self._shapes(kv):
+            key = (shape, kv.layers[0].dtype, batch.page_table.shape)
+            if key not in self._fixed:
+                self._fixed[key] = self._wrapper(shape, kv.layers[0].dtype, not shape.sinks, self._buffers(batch.page_table))
+            step.planned[shape] = self._fixed[key]
+        step.renew(batch)
+        return step
 
-    def prepare(self, step: FlashInferStep, shapes: Sequence[Shape] | dict[Shape, None]) -> None:
+    def prepare(self, step: FlashInferStep, shapes: Iterable[Shape]) -> None:
         """Plan a step for these shapes."""
         kv, batch = step.kv, step.batch
         rows = PagedRows.of(batch.host or _fetched(batch), kv.page_tokens)
         for shape in shapes:
-            step.planned[shape] = self._planned(shape, rows, kv)
+            single = rows.single and not shape.sinks
+            key = (shape, kv.layers[0].dtype, single)
+            if key not in self._wrappers:
+                self._wrappers[key] = self._wrapper(*key)
+            step.planned[shape] = self._wrappers[key]
+            self._plan(shape, rows, kv, self._wrappers[key], single)
+
+    def replan(self, step: FlashInferStep, rows: PagedRows) -> None:
+        """Plan all shapes of a fixed step for other rows."""
+        for shape, wrapper in step.planned.items():
+            self._plan(shape, rows, step.kv, wrapper, not shape.sinks)
 
     def shape(self, kind: Kind, stored: torch.dtype) -> Shape | None:
         """The shape that a kind of layer is served as over a pool of this dtype; None where it is not."""
@@ -199,12 +221,14 @@ class FlashInfer:
         """Whether these are the slopes that the kernels take, which are a function of the number of heads."""
         return bool(torch.allclose(slopes.cpu(), self._package.utils.get_alibi_slopes(len(slopes)).cpu()))
 
-    def _planned(self, shape: Shape, rows: PagedRows, kv: KvPages) -> Any:
-        stored = kv.layers[0].dtype
-        single = rows.single and not shape.sinks
-        if (shape, stored, single) not in self._wrappers:
-            self._wrappers[shape, stored, single] = self._wrapper(shape, stored, single)
-        wrapper = self._wrappers[shape, stored, single]
+    def _shapes(self, kv: KvPages) -> dict[Shape, None]:
+        """The shapes of all layers that are served over these pages."""
+        if not kv.layers:
+            return {}
+        found = (self.shape(kind, kv.layers[0].dtype) for kind in self._lacking)
+        return dict.fromkeys(shape for shape in found if shape is not None)
+
+    def _plan(self, shape: Shape, rows: PagedRows, kv: KvPages, wrapper: Any, single: bool) -> None:
         heads = (shape.heads, shape.kv_heads, shape.head_dim, kv.page_tokens)
         pages = (rows.page_start, rows.pages, rows.last_page_tokens)
         how: dict[str, Any] = {
@@ -213,32 +237,53 @@ class FlashInfer:
             "window_left": shape.window - 1,  # it does not count the query's own position; -1 = all keys
             "logits_soft_cap": shape.softcap,
             "q_data_type": self._dtype,
-            "kv_data_type": stored,
+            "kv_data_type": kv.layers[0].dtype,
         }
         if single:
             wrapper.plan(*pages, *heads, **how)
         else:
             wrapper.plan(rows.query_start, *pages, *heads, causal=True, **how)
-        return wrapper
 
-    def _wrapper(self, shape: Shape, stored: torch.dtype, single: bool) -> Any:
-        """What plans and runs one shape. All share the workspace, for they run one after another."""
-        package = self._package
+    def _wrapper(self, shape: Shape, stored: torch.dtype, single: bool, buffers: Sequence[Tensor] = ()) -> Any:
+        """What plans and runs one shape. All share the workspace, for they run one after another.
+
+        single: rows are one token each · buffers: where plans leave the rows, for what always reads them there
+        """
+        package, page_buffers = self._package, ("paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
         if shape.sinks:
             # The other two take sinks as well, and leave them out on the kernels that serve here.
             return package.BatchAttentionWithAttentionSinkWrapper(
                 self._workspace,
                 LAYOUT,
+                use_cuda_graph=bool(buffers),
                 q_data_type=self._dtype,
                 kv_data_type=stored,
                 head_dim_qk=shape.head_dim,
                 head_dim_vo=shape.head_dim,
                 window_left=shape.window - 1,
+                **dict(zip(("qo_indptr_buf", *page_buffers), buffers)),
             )
         if single:
-            cores = shape.heads // shape.kv_heads >= TENSOR_CORES
-            return package.BatchDecodeWithPagedKVCacheWrapper(self._workspace, LAYOUT, use_tensor_cores=cores)
+            return package.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                LAYOUT,
+                use_cuda_graph=bool(buffers),
+                use_tensor_cores=shape.heads // shape.kv_heads >= TENSOR_CORES,
+                **dict(zip((f"{name}fer" for name in page_buffers), buffers[1:])),
+            )
         return package.BatchPrefillWithPagedKVCacheWrapper(self._workspace, LAYOUT)
+
+    def _buffers(self, table: Tensor) -> list[Tensor]:
+        """Room for the rows of a page table of this shape."""
+        rows, width = table.shape
+        return [torch.zeros(size, dtype=torch.int32, device=self._place) for size in (rows + 1, rows + 1, rows * width, rows)]
+
+
+def _padded(rows: HostRows, count: int, page: int) -> HostRows:
+    """So many rows of one token: these, and after them some whose one key lies in this page."""
+    more = count - len(rows.contexts)
+    contexts = np.pad(rows.contexts, (0, more), constant_values=1)
+    return HostRows(np.arange(count + 1), contexts, np.pad(rows.page_table, ((0, more), (0, 0)), constant_values=page))
 
 
 def _int32(numbers: np.ndarray) -> Tensor:

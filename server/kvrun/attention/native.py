@@ -40,6 +40,9 @@ class NativeStep:
         start = self.batch.query_start if memory.query_start is None else memory.query_start
         return ops.paged_attention(q, pool, start, memory.contexts, memory.page_table, scores.scale, reach=memory.reach)
 
+    def renew(self, batch: Ragged) -> None:
+        """Nothing: the ops read the rows where they lie."""
+
 
 class Native:
     """The backend of every device whose ops are in `kvrun_kernels`."""
