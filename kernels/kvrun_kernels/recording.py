@@ -56,6 +56,11 @@ class Recording(TorchDispatchMode):
     The pass runs as it would without. Whoever replays it must hold every tensor that it read or wrote, and the arena.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing here is compiled, and to skip the compiler PyTorch would first import it, seconds within a server's first request."""
+        return False
+
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self.whole = can_replay()  # whether everything that the pass computed is recorded

@@ -152,6 +152,19 @@ print("triton" in sys.modules, kvrun_kernels.describe()["rms_norm"].split("/")[0
     assert run_python(code).stdout.split() == ["False", expected]
 
 
+@needs_library
+def test_a_recorded_pass_never_loads_the_compiler():
+    code = """
+import sys, torch
+from kvrun_kernels import ops
+from kvrun_kernels.recording import Arena, Recording
+with Recording(Arena()):
+    ops.rms_norm(torch.randn(2, 16), torch.ones(16), 1e-6) + 1
+print("torch._dynamo" in sys.modules)
+"""
+    assert run_python(code).stdout.strip() == "False"
+
+
 def test_what_serves_an_op_depends_on_the_device():
     code = "import kvrun_kernels; print(*(kvrun_kernels.describe('cuda')[op] for op in ('rms_norm', 'quantized_linear', 'linear')))"
     assert run_python(code).stdout.split() == ["triton", "triton", "torch"]
