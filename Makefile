@@ -11,7 +11,7 @@ PORT ?= 3000
 STAMPS := build/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-rust test-python check fmt docs install wheel gpu-check bench bench-kernels tools native clean
+.PHONY: help run ui test test-rust test-python check fmt docs install wheel gpu-check cuda bench bench-kernels tools native clean
 
 help: ## What each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -67,6 +67,8 @@ docs: $(STAMPS)/test ## Renew the support table in the README
 gpu-check: install $(STAMPS)/test ## All parity tests on this machine's GPU, then its kernels' speed; ends with 14 where there is none
 	@PYTHONPATH=server $(BIN)/python server/tests/gpu_check.py
 
+cuda: $(STAMPS)/cuda ## Install what GPUs want beside torch: FlashInfer, which needs nvcc when it first runs
+
 bench: install $(STAMPS)/test ## Speed beside this machine's limits and its other servers (LLAMA_CPP=folder VLLM=program ARGS=...)
 	$(BIN)/python benchmark/bench.py $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
 
@@ -96,6 +98,10 @@ $(STAMPS)/proto: proto/model_shard.proto server/generate_proto.py $(STAMPS)/pyth
 
 $(STAMPS)/test: $(STAMPS)/python third_party/python-test.in
 	$(UV) install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --requirement third_party/python-test.in
+	@touch $@
+
+$(STAMPS)/cuda: $(STAMPS)/python third_party/python-cuda.in
+	$(UV) install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --requirement third_party/python-cuda.in
 	@touch $@
 
 $(STAMPS)/ui: $(STAMPS)/python

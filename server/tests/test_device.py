@@ -242,9 +242,16 @@ def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
     with gpus(0):
         assert gpu_check.main() == 14 and not ran
     assert "sees no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_check, "missing", lambda capability: "")
     with gpus(1):
         assert gpu_check.main() == 1
     assert ran == [list(arguments) for arguments in gpu_check.STAGES.values()]
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| on cuda:0, a GPU that is not there, compute capability 9.0, 20.0 GiB free | | |"
-    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "failed (1)"]
+    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "passed", "failed (1)"]
+    monkeypatch.setattr(gpu_check, "missing", lambda capability: "it is not installed")
+    ran.clear()
+    with gpus(1):
+        assert gpu_check.main() == 1
+    assert list(gpu_check.STAGES[gpu_check.ATTENTION]) not in ran and len(ran) == len(gpu_check.STAGES) - 1
+    assert f"| {gpu_check.ATTENTION} | not run | it is not installed |" in capsys.readouterr().out
