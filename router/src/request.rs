@@ -217,6 +217,8 @@ pub struct Status {
     pub max_total_tokens: u32,
     /// Most tokens computed in one step.
     pub step_tokens: u32,
+    /// Numbers of rows whose decoding steps the shards captured as graphs.
+    pub captured: Vec<u32>,
     /// Most rows of one step.
     pub step_rows: u32,
     /// KV pages of the pool.

@@ -276,6 +276,7 @@ async fn the_server_says_what_it_is_and_that_it_is_well() {
     assert_eq!(info["model_dtype"], "float32");
     assert_eq!(info["activation_dtype"], "float32");
     assert_eq!(info["model_device_type"], "cpu");
+    assert_eq!(info["cuda_graphs"], json!([1, 2]));
     assert_eq!((&info["shards"], &info["threads"]), (&json!(1), &json!(1)));
     assert_eq!(info["router"], "text-generation-router");
 }

@@ -58,6 +58,7 @@ def _load(config: ServeConfig) -> Engine:
     torch.set_num_threads(kvrun_kernels.get_num_threads())
     device = devices.choose(config.device, config.rank, config.cuda_memory_fraction)
     devices.refuse_for_cpus(device, {"--packed-cache": config.packed_cache is not None})
+    devices.refuse_for_gpus(device, {"--cuda-graphs": bool(config.cuda_graphs)})
     devices.serving(device, config.strict_kernels)
     device.begin()
     try:
@@ -77,7 +78,7 @@ def _load(config: ServeConfig) -> Engine:
     kv_dtype = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     ranks = config.world_size if device.shared else 1
     budget = MemoryBudget(config.kv_cache_bytes, config.adapter_bytes, ranks, device.free_bytes)
-    engine = Engine(model, group, budget, config.page_tokens, kv_dtype)
+    engine = Engine(model, group, budget, config.page_tokens, kv_dtype, config.cuda_graphs)
     engine.warm()
     devices.announce(device, engine.kernels, model.activation_dtype)
     return engine

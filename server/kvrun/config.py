@@ -29,6 +29,7 @@ class ServeConfig:
     model_id: str
     device: str
     cuda_memory_fraction: float  # of a GPU's memory that this rank may take
+    cuda_graphs: tuple[int, ...]  # numbers of rows whose decoding steps are captured
     strict_kernels: bool
     attention: str
     dtype: str
@@ -75,6 +76,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    """Numbers of rows as in "1,2,4", none for "0"."""
+    words = [] if text.strip() == "0" else text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError(f"--cuda-graphs {text} is no list of numbers above 0 with commas between them, nor 0 alone, which captures none")
+    return tuple(sorted({int(word) for word in words}))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="text-generation-server serve", description="Serve one rank of a model over a Unix socket.")
     add = parser.add_argument
@@ -86,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-id", default="", help="name to answer with; the folder when absent")
     add("--device", choices=DEVICES, default="auto", help="auto = the GPU of this rank's number where there is one, else the CPU")
     add("--cuda-memory-fraction", type=float, default=1.0, help="of a GPU's memory that this rank may take")
+    add("--cuda-graphs", type=_sizes, default=(), help="numbers of rows whose decoding steps a GPU captures, such as 1,2,4; 0 = none")
     add("--strict-kernels", action="store_true", help="refuse to start where plain PyTorch would serve an op")
     add("--attention", choices=ATTENTION, default="auto", help="auto = FlashInfer where it is installed and knows the GPU, else native")
     add("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's own; on a GPU in 16 bits")

@@ -5,8 +5,9 @@ Batches are made on the host. `take` brings one to where the model lies, in a si
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -38,6 +39,10 @@ class Device(Protocol):
         """Whether all ranks of a group divide its memory among them."""
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are captured before the first of them, rather than recorded as they come."""
+
+    @property
     def capability(self) -> tuple[int, int] | None:
         """The compute capability of a GPU; None of a CPU."""
 
@@ -50,6 +55,12 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """Bytes that this process may still take."""
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """Bytes that `run` takes at its most beside what is taken already; None where memory is shared with others. It is run."""
+
+    def reclaim(self) -> None:
+        """Give back the memory that this process keeps without using it."""
 
     def begin(self) -> None:
         """Have this thread compute here. Call it before anything is."""
@@ -68,6 +79,7 @@ class Cpu:
     place = torch.device("cpu")
     shared = True
     capability = None
+    captures = False
     narrow = ("int8",)
 
     def suited(self, dtype: torch.dtype, magnitude: float) -> torch.dtype:
@@ -77,6 +89,13 @@ class Cpu:
     def free_bytes(self) -> int:
         """See Device."""
         return available_bytes()
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """None, and nothing is run: what is free here is anybody's."""
+        return None
+
+    def reclaim(self) -> None:
+        """Nothing is kept."""
 
     def begin(self) -> None:
         """Nothing: every thread does."""
@@ -98,6 +117,7 @@ class Cuda:
     index: int
     fraction: float = 1.0  # of its memory that this process may take
     shared = False
+    captures = True
 
     @property
     def place(self) -> torch.device:
@@ -133,6 +153,20 @@ class Cuda:
         free, total = torch.cuda.mem_get_info(self.index)
         held = torch.cuda.memory_reserved(self.index)
         return max(0, min(free + held, int(total * self.fraction)) - torch.cuda.memory_allocated(self.index))
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """See Device."""
+        self.reclaim()
+        torch.cuda.reset_peak_memory_stats(self.index)
+        before = torch.cuda.memory_allocated(self.index)
+        run()
+        torch.cuda.synchronize(self.index)
+        return max(0, torch.cuda.max_memory_allocated(self.index) - before)
+
+    def reclaim(self) -> None:
+        """See Device."""
+        gc.collect()  # a failed step's tensors may hang in a cycle of its error
+        torch.cuda.empty_cache()
 
     def take(self, made: T) -> T:
         """See Device. The host does not wait for the copy; nothing may write to what was given until the step is done."""
@@ -194,6 +228,13 @@ def refuse_for_cpus(device: Device, asked: dict[str, bool]) -> None:
     named = [flag for flag, is_set in asked.items() if is_set]
     if named and not isinstance(device, Cpu):
         raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only the kernels for CPUs do that; leave it out")
+
+
+def refuse_for_gpus(device: Device, asked: dict[str, bool]) -> None:
+    """Raises Unsupported for what was asked of CPUs and only GPUs do, by its flag."""
+    named = [flag for flag, is_set in asked.items() if is_set]
+    if named and isinstance(device, Cpu):
+        raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only GPUs do that; leave it out")
 
 
 def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

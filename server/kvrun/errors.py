@@ -61,4 +61,5 @@ class StaleEpoch(KvrunError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, in whichever words this layer says it."""
-    return isinstance(error, OutOfMemory | MemoryError) or "can't allocate memory" in str(error)  # torch's allocator
+    words = ("can't allocate memory", "out of memory")  # torch's allocators, of the host and of GPUs
+    return isinstance(error, OutOfMemory | MemoryError) or any(word in str(error) for word in words)

@@ -28,6 +28,8 @@ class Ranks:
         dtype: str = "float32",
         quantize: str | None = None,
         load_model: Callable[..., LoadedModel] = load_model,
+        captured: Sequence[int] = (),
+        budget: MemoryBudget | None = None,
     ) -> None:
         self._threads = ThreadPoolExecutor(world)
         self.world = world
@@ -35,9 +37,8 @@ class Ranks:
         def load(rank: int) -> Engine:
             torch.set_num_threads(1)
             group = Group.join(rendezvous, rank, world, timeout_s=60) if world > 1 else Group.single()
-            return Engine(
-                load_model(folder, dtype=dtype, group=group, quantize=quantize), group, MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS
-            )
+            model = load_model(folder, dtype=dtype, group=group, quantize=quantize)
+            return Engine(model, group, budget or MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=captured)
 
         self.engines = list(self._threads.map(load, range(world)))
         self.each(lambda engine: engine.warm())

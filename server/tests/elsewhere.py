@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
+import graphs
 import pytest
 import torch
+from kvrun.device import Cuda
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -40,14 +42,17 @@ class Elsewhere(Tensor):
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=place
         )
         found.held = held
+        graphs.METER.note(held)
         return found
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is Tensor.numpy:
             raise TypeError("can't convert cuda device type tensor to numpy")
-        if func in (Tensor.data_ptr, Tensor.untyped_storage, Tensor.tolist):
+        if func in (Tensor.data_ptr, Tensor.untyped_storage):
             return func(args[0].held)
+        if func is Tensor.tolist:
+            return args[0].cpu().tolist()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -78,6 +83,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": HERE, "pin_memory": False}
     elif func is torch.ops.aten.copy_.default:
         place = args[0].device
+    graphs.check(func, args, func in CARRIERS and len({place.type, *(tensor.device.type for tensor in tensors)}) > 1)
     known = {id(tensor.held): tensor for tensor in there}
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
     if func is torch.ops.aten._to_copy.default:
@@ -85,20 +91,28 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     made = func(*args, **kwargs)
     if place.type == "cpu":
         return made
+    if (graph := graphs.active()) is not None:
+        graph.op(func, args, kwargs, set(known), made)
     return tree_map_only(Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else Elsewhere(tensor, place), made)
 
 
 def _launched(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """A kernel's run, on a GPU: it reads whatever addresses it is given, so none may be the host's."""
-    from triton.runtime.interpreter import GridExecutor
-
     left = [list(arg.shape) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and not isinstance(arg, Elsewhere)]
     if left:
         raise Mixed(f"{self.fn.__name__} was given the host's tensors {left}")
     LAUNCHES.append(self.fn.__name__)
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
-    with ONE_AT_A_TIME, torch._C._DisableTorchDispatch():
-        GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)(*args, **kwargs)
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        from triton.runtime.interpreter import GridExecutor
+
+        with ONE_AT_A_TIME, torch._C._DisableTorchDispatch():
+            GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)(*args, **kwargs)
+
+    launch(*args, **kwargs)
+    if (graph := graphs.active()) is not None:
+        graph.note(launch, args, kwargs, {id(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)})
 
 
 LAUNCHES: list[str] = []  # names of the kernels that ran
@@ -119,8 +133,13 @@ def need(kind: str) -> None:
 
 
 @contextmanager
-def gpus(count: int = 1, capability: tuple[int, int] = (9, 0), free: int = 20 * GIB, total: int = 24 * GIB) -> Iterator[None]:
-    """So many GPUs, as PyTorch says what there is; each thread that is to compute on one says so by `computing` or `settle`."""
+def gpus(
+    count: int = 1, capability: tuple[int, int] = (9, 0), free: int = 20 * GIB, total: int = 24 * GIB, measured: bool = False
+) -> Iterator[None]:
+    """So many GPUs, as PyTorch says what there is; each thread that is to compute on one says so by `computing` or `settle`.
+
+    measured: whether pages are what the largest step leaves, which takes half a minute to compute here, or a share of what is free
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     LAUNCHES.clear()
@@ -130,13 +149,14 @@ def gpus(count: int = 1, capability: tuple[int, int] = (9, 0), free: int = 20 * 
         "get_device_capability": lambda index: capability,
         "get_device_name": lambda index: "a GPU that is not there",
         "mem_get_info": lambda index: (free, total),
-        "memory_allocated": lambda index: 0,
         "memory_reserved": lambda index: 0,
         "set_device": lambda index: None,
         "set_per_process_memory_fraction": lambda fraction, index: None,
         "_lazy_init": lambda: None,
+        **graphs.SAID,
     }
-    with patch.multiple(torch.cuda, **said), patch.object(InterpretedFunction, "run", _launched):
+    told = nullcontext() if measured else patch.object(Cuda, "peak_bytes", lambda self, run: None)
+    with patch.multiple(torch.cuda, **said), patch.object(InterpretedFunction, "run", _launched), told:
         yield
 
 

@@ -27,7 +27,7 @@ def _scales(rows, dim):
 def _attend(
     out, stats, q, pool, query_start, contexts, page_table, reach, slopes, sinks, relative,
     sequences, kv_heads, group, dim, value_dim, width, page_tokens, planes, token_stride, head_stride, table_stride,
-    window, most, scale, softcap, cut,
+    window, most, scale, softcap,
     FORMAT: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, REACH: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr,
     RELATIVE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -47,6 +47,8 @@ def _attend(
         position = context - stop + row
         last = tl.minimum(tl.load(reach + row, mine, other=-1) if REACH else position, context - 1)
         last = tl.where(mine, last, -1)
+        # By its own context, for a captured step's table is as wide as the longest sequence there may be.
+        cut = tl.cdiv(tl.cdiv(context, PARTS), BLOCK_N) * BLOCK_N
         begin = part * cut
         end = tl.minimum(tl.max(last) + 1, begin + cut)
         if WINDOW:
@@ -162,8 +164,6 @@ def paged_attention(
     grid = (tokens // of_tokens + sequences, kv_heads * triton.cdiv(group, held_heads))
     longest = page_table.shape[1] * page_tokens
     parts = max(1, min(triton.cdiv(PROGRAMS, grid[0] * grid[1]), longest // LEAST_CUT))
-    cut = triton.cdiv(triton.cdiv(longest, parts), block_n) * block_n
-    parts = max(1, triton.cdiv(longest, cut))
     target, stats = out, out
     if parts > 1:
         target = torch.empty((tokens, heads, parts, value_dim), dtype=torch.float32, device=q.device)
@@ -174,7 +174,7 @@ def paged_attention(
         target, stats, q, as_held(pool), query_start, contexts, page_table,
         *(absent if t is None else t for t in (reach, slopes, sinks, relative)),
         sequences, kv_heads, group, dim, value_dim, pool.shape[4], page_tokens, pool.shape[1],
-        q.stride(0), q.stride(1), page_table.stride(0), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap, cut,
+        q.stride(0), q.stride(1), page_table.stride(0), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap,
         FORMAT=FORMATS[pool.dtype], WIDE=pool.dtype != q.dtype and FORMATS[pool.dtype] <= 2, PARTS=parts, REACH=reach is not None,
         SLOPES=slopes is not None, SINKS=sinks is not None, RELATIVE=relative is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
         HEADS=held_heads, TOKENS=of_tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=wide, BLOCK_V=block_v,

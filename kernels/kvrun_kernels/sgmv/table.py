@@ -26,17 +26,43 @@ class LoraTable:
 
     def __init__(self, segments: LoraSegments, *, items: int = 0, updates: int = 0, columns: int = 0):
         """Make room for `segments`, or for as many items, updates and columns as are asked, and fill in `segments`."""
-        self.inputs, self.dtype, self.aligned = segments.inputs, segments.dtype, _aligned(segments)
-        self.columns = max(columns, segments.columns)
         entries = list(_entries(segments))
-        self.items = max(items, sum(-(-rank // TILE) for *_, rank, _, _ in entries), 1)
-        self.updates = max(updates, len(entries), 1)
-        self.held = torch.zeros(self.items * ITEM + self.updates * UPDATE, dtype=torch.int64, device=segments.device)
-        self.stop = 0
+        items = max(items, sum(-(-rank // TILE) for *_, rank, _, _ in entries), 1)
+        updates = max(updates, len(entries), 1)
+        held = torch.empty(items * ITEM + updates * UPDATE, dtype=torch.int64, device=segments.device)
+        aligned = _aligned(segments)
+        self._shape(segments.inputs, segments.dtype, aligned, items, updates, max(columns, segments.columns), held)
         self.fill(segments)
+
+    @classmethod
+    def over(
+        cls, held: torch.Tensor, inputs: int, dtype: torch.dtype, *, aligned: bool, items: int, updates: int, columns: int
+    ) -> LoraTable:
+        """A table in memory that others fill with what `contents` says: held [room(items, updates)] int64.
+
+        aligned: whether every row of the adapters to come begins at a multiple of `ALIGNED` bytes
+        """
+        table = cls.__new__(cls)
+        table._shape(inputs, dtype, aligned, items, updates, columns, held)
+        return table
+
+    @staticmethod
+    def room(items: int, updates: int) -> int:
+        """How many numbers a table of this size holds."""
+        return items * ITEM + updates * UPDATE
+
+    def _shape(self, inputs: int, dtype: torch.dtype, aligned: bool, items: int, updates: int, columns: int, held: torch.Tensor) -> None:
+        self.inputs, self.dtype, self.aligned = inputs, dtype, aligned
+        self.items, self.updates, self.columns, self.held = items, updates, columns, held
+        self.stop = 0
 
     def fill(self, segments: LoraSegments) -> None:
         """Replace the contents; the buffers stay where they are. ValueError for what has no room or is laid out otherwise."""
+        self.held.copy_(torch.frombuffer(self.contents(segments), dtype=torch.int64))
+        self.stop = segments.stop
+
+    def contents(self, segments: LoraSegments) -> array[int]:
+        """What the table holds for these segments. ValueError for what has no room or is laid out otherwise."""
         other = len(segments) > 0 and (segments.inputs, segments.dtype) != (self.inputs, self.dtype)
         if other or self.aligned > _aligned(segments):
             raise ValueError(
@@ -53,8 +79,7 @@ class LoraTable:
             raise ValueError(f"room for {(self.items, self.updates, self.columns)} items, updates and columns; found {found}; make more")
         items.extend([0] * (self.items * ITEM - len(items)))
         updates.extend([0] * (self.updates * UPDATE - len(updates)))
-        self.held.copy_(torch.frombuffer(items + updates, dtype=torch.int64))
-        self.stop = segments.stop
+        return items + updates
 
     def __len__(self) -> int:
         return self.updates

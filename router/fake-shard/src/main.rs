@@ -46,6 +46,8 @@ struct RealArgs {
     #[arg(long, hide = true)]
     cuda_memory_fraction: Option<String>,
     #[arg(long, hide = true)]
+    cuda_graphs: Option<String>,
+    #[arg(long, hide = true)]
     strict_kernels: bool,
     #[arg(long, hide = true)]
     attention: Option<String>,

@@ -178,6 +178,7 @@ impl ModelShard for Shard {
         Ok(Response::new(Reservation {
             pages,
             adapter_bytes,
+            captured: vec![1, 2],
         }))
     }
 

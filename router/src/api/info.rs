@@ -55,6 +55,8 @@ pub struct Info {
     pub vocabulary: u32,
     /// The kernel that runs each operation.
     pub kernels: BTreeMap<String, String>,
+    /// Numbers of rows whose decoding steps are captured as CUDA graphs.
+    pub cuda_graphs: Vec<u32>,
     /// Module names that adapters may change.
     pub lora_targets: Vec<String>,
     /// What a sequence keeps on the shards: "pages", "slots", "memory".
@@ -108,6 +110,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         threads: description.threads,
         vocabulary: description.vocabulary,
         kernels: description.kernels.into_iter().collect(),
+        cuda_graphs: status.captured.clone(),
         lora_targets: description.lora_targets,
         state_kinds: description.state_kinds,
         off: off.iter().map(|off| (off.feature, off.reason)).collect(),

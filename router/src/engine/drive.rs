@@ -182,7 +182,7 @@ impl Driver {
     }
 
     pub(super) fn begin(&mut self, group: Group) {
-        let (description, reserved) = (group.description.clone(), group.reservation);
+        let (description, reserved) = (group.description.clone(), group.reservation.clone());
         tracing::info!(
             epoch = group.epoch,
             pages = reserved.pages,
@@ -217,6 +217,7 @@ impl Driver {
         status.pages = grant.pages;
         status.page_tokens = grant.model.page_tokens;
         status.adapter_bytes = grant.adapter_bytes;
+        status.captured = reserved.captured;
         status.step_tokens = grant.step_tokens;
         status.step_rows = self.options.step_rows.max(1);
         status.description = Some(description);

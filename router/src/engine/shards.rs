@@ -103,6 +103,8 @@ async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
     let least = Reservation {
         pages: least(|grant| grant.pages),
         adapter_bytes: least(|grant| grant.adapter_bytes),
+        // Every rank makes the same captures, since they meet within them.
+        captured: granted.first().map_or_else(Vec::new, |grant| grant.captured.clone()),
     };
     if granted.iter().any(|grant| *grant != least) {
         asked.epoch = *last_epoch + 1;

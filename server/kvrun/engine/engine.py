@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import kvrun_kernels
@@ -15,22 +16,24 @@ from torch import Tensor
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
-from kvrun.engine.looked import LookedImages
 from kvrun.engine.memory import MemoryBudget
+from kvrun.engine.pretended import largest, pretend
 from kvrun.engine.sampler import Choice, alternatives, sample
-from kvrun.engine.sampling import Sampling, TokenLogprob
-from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
-from kvrun.engine.source import Source
-from kvrun.errors import ImageError, ProtocolError
+from kvrun.engine.sampling import TokenLogprob
+from kvrun.engine.sequence import Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
+from kvrun.errors import ImageError, OutOfMemory, ProtocolError, is_out_of_memory
 from kvrun.lora.adapter import targets
+from kvrun.lora.fixed import usual_adapter
 from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.loaded import LoadedModel
-from kvrun.nn.recorded import RecordedSteps
+from kvrun.nn.recorded import Recordings
 from kvrun.state.pages import stored_name, stored_type
 from kvrun.state.pool import Pool
 
 # Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
 JUDGED_AT_ONCE = 64
+log = logging.getLogger("kvrun.engine")
+
 FAILED = -1  # in place of a sampled id
 NAN_LOGITS = "nan_logits: the model's scores for the next token are not finite numbers"
 
@@ -41,12 +44,22 @@ class Grant:
 
     pages: int
     adapter_bytes: int
+    captured: tuple[int, ...] = ()  # numbers of rows whose decoding steps are captured
 
 
 class Engine:
     """This rank's model, its pages, its adapters and the sequences of the current epoch. Raises OutOfMemory if no page fits."""
 
-    def __init__(self, model: LoadedModel, group: Group, budget: MemoryBudget, page_tokens: int = 16, kv_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        group: Group,
+        budget: MemoryBudget,
+        page_tokens: int = 16,
+        kv_dtype: str | None = None,
+        captured: Items[int] = (),
+    ) -> None:
+        """captured: numbers of rows whose decoding steps are captured where the device wants that"""
         self.model = model
         self.page_tokens = page_tokens
         self.kv_dtype = stored_type(kv_dtype) if kv_dtype else model.dtype
@@ -54,7 +67,8 @@ class Engine:
         self._group = group
         self._budget = budget
         self._pool: Pool | None = None
-        self._recorded: RecordedSteps | None = None  # steps over the pool
+        self._sizes = captured
+        self._recorded: Recordings | None = None  # steps over the pool
         self._sequences: SequenceTable | None = None
         # A budget that holds no page or no state is an error of the start, not of the first epoch.
         budget.pages(0, self.page_bytes, 0, 1, model.slot_bytes)
@@ -72,21 +86,19 @@ class Engine:
         return self.model.kernels | self.model.decoder.attention.serving(self.kv_dtype)
 
     def warm(self) -> None:
-        """Run the model once over a few tokens, so that the first request does not pay for what is set up on first use.
+        """Run the model over a few tokens and over one, so that no request pays for what is set up on first use of either.
 
         Every rank must call it alike.
         """
-        model, pool = self.model, self.model.pool(2, self.page_tokens, self.kv_dtype)
-        ids = [0] * min(self.page_tokens, model.positions or self.page_tokens)
-        sequence = Sequence(Admit(0, ids, len(ids), Sampling(), 0), None)
-        sequence.append_pages([0])
-        sequence.slot = 0 if model.slot_shapes else None
-        if model.sight is not None and model.spec.images is not None and model.spec.images.memory:
-            sequence.images = LookedImages((), model.sight, len(ids), (), self.page_tokens)
-        if model.encoder is not None:
-            sequence.source = Source(sequence.ids, np.array([1], np.int32))
-            model.encode(batches.read([sequence], self.page_tokens, self.adapters), pool)
-        model.forward(batches.build([(Row(0, 0, len(ids), [0], True, ()), sequence)], self.page_tokens, self.adapters), pool)
+        model, pool = self.model, self._little_pool()
+        for tokens in (min(self.page_tokens, model.positions or self.page_tokens), 1):
+            row, sequence = pretend(model, tokens, self.page_tokens)
+            self._read([sequence], pool)
+            self._forward([(row, sequence)], pool)
+
+    def _little_pool(self) -> Pool:
+        """Pages for steps that nobody asked for."""
+        return self.model.pool(2, self.page_tokens, self.kv_dtype)
 
     def describe(self) -> dict[str, Any]:
         """What was loaded, by the wire's names for it."""
@@ -127,10 +139,14 @@ class Engine:
         pool, slots = self._pool, sequences if self.model.slot_shapes else 0
         # A pool of the size asked for is kept: allocating it again would touch every page of it.
         if pool is None or pool.slots.slots != slots or (pages and pages != pool.kv.pages):
-            self._pool = self._recorded = pool = None  # before the next one, so that both never exist at once
-            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences, slots, self.model.slot_bytes)
+            self._pool = self._recorded = self._sequences = pool = None  # before the next one, so that both never exist at once
+            self.adapters.reset(0)
+            beside = self._beside(step_tokens, sequences, self._budget.adapters(adapter_bytes))
+            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences, slots, self.model.slot_bytes, beside)
             self._pool = pool = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype, slots)
-            self._recorded = self.model.recorded(pool)
+            self._recorded = self.model.recorded(pool, self._captured(sequences))
+            if self._recorded.sizes:
+                log.info("decoding steps are captured", extra={"fields": {"rows": self._recorded.sizes}})
         granted = self._budget.adapters(adapter_bytes)
         self.adapters.reset(granted)
         self._limits, self._number = (step_tokens, sequences), 0
@@ -144,7 +160,38 @@ class Engine:
             slots=slots,
             long_after=self.model.long_after,
         )
-        return Grant(pool.kv.pages, granted)
+        return Grant(pool.kv.pages, granted, tuple(self._recorded.sizes if self._recorded else ()))
+
+    def _captured(self, sequences: int) -> list[int]:
+        """The numbers of rows to capture steps of: those asked for, as far as a step may have so many."""
+        return sorted({min(size, sequences) for size in self._sizes})
+
+    @torch.inference_mode()
+    def _beside(self, step_tokens: int, sequences: int, adapters: int) -> int | None:
+        """Bytes that are wanted beside pages, as the largest steps show; None where the device does not tell. Raises OutOfMemory."""
+        model, sizes = self.model, self._captured(sequences)[-1:]
+
+        def step() -> None:
+            adapter = usual_adapter(model.linears, model.dtype, model.device.place)
+            work, pool = largest(model, step_tokens, sequences, self.page_tokens, adapter), self._little_pool()
+            self._read([work[0][1]], pool)
+            self._choose(work, self._forward(work, pool))
+
+        try:
+            taken = model.device.peak_bytes(step)
+            captures = model.device.peak_bytes(lambda: model.recorded(self._little_pool(), sizes))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            cure = "lower --max-batch-prefill-tokens or --max-batch-size, or quantize the model"
+            raise OutOfMemory(
+                f"a step of {step_tokens} tokens in {sequences} rows does not fit beside the weights: {error}; {cure}"
+            ) from error
+        if taken is None or captures is None:
+            return None
+        wanted = {"step_bytes": taken, "captured_bytes": captures, "adapter_bytes": adapters}
+        log.info("measured what is wanted beside pages", extra={"fields": wanted})
+        return sum(wanted.values())
 
     @torch.inference_mode()
     def step(self, step: Step) -> Outcome:
@@ -159,18 +206,57 @@ class Engine:
         begun = [self._sequences.admit(admit, self.adapters.get(admit.adapter)) for admit in step.admit]
         work = self._accept(step.rows, begun)
         began = time.perf_counter_ns()
-        self._read(begun)
+        self._read(begun, self._pool)
         self._look(work)
         live = [item for item in work if not item[1].error]
         live = [live[index] for index in batches.by_adapter(live)]
         outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
-        logits = None
-        if live:
-            logits = self.model.forward(batches.build(live, self.page_tokens, self.adapters), self._pool, self._recorded)
-        computed = time.perf_counter_ns()
-        outcomes |= self._choose(live, logits)
+        answered, sampling = self._answer(live)
+        outcomes |= answered
         rows = [] if self._group.rank else [outcomes[row.sequence] for row in step.rows]
-        return Outcome(step.number, rows, (computed - began) // 1000, (time.perf_counter_ns() - computed) // 1000)
+        return Outcome(step.number, rows, (time.perf_counter_ns() - began - sampling) // 1000, sampling // 1000)
+
+    def _answer(self, live: list[Work]) -> tuple[dict[int, RowOutcome], int]:
+        """Compute rows and choose their tokens, in two parts one after the other where memory is short; also ns of the choosing."""
+        assert self._pool is not None
+        pending = [sequence.pending_prompt for _, sequence in live]
+        try:
+            logits = self._forward(live, self._pool, self._recorded) if live else None
+            computed = time.perf_counter_ns()
+            return self._choose(live, logits), time.perf_counter_ns() - computed
+        except Exception as error:
+            parts = self._parts(live)
+            if not parts or not is_out_of_memory(error):
+                raise
+            rows, tokens = len(live), sum(row.tokens for row, _ in live)
+            log.warning(
+                "memory was short for a step, which is computed in parts: %s", error, extra={"fields": {"rows": rows, "tokens": tokens}}
+            )
+        # Only now nothing holds the tensors of what failed.
+        self.model.device.reclaim()
+        for (_, sequence), prompt in zip(live, pending, strict=True):
+            sequence.pending_prompt = prompt
+        (first, before), (second, after) = (self._answer(part) for part in parts)
+        for number in first.keys() & second.keys():
+            second[number] = replace(second[number], prompt=[*first[number].prompt, *second[number].prompt])
+        return first | second, before + after
+
+    def _parts(self, live: list[Work]) -> list[list[Work]]:
+        """Two halves of a step that may be computed again from its beginning, or none where there are none.
+
+        Other ranks wait in a collective for what this one did not compute, and a recurrent state has moved on in some layers:
+        then the epoch ends, and everything is replayed.
+        """
+        if self._group.world > 1 or self.model.slot_shapes:
+            return []
+        if len(live) > 1:
+            return [live[: len(live) // 2], live[len(live) // 2 :]]
+        cut = [(part, sequence) for row, sequence in live if sequence.images is None for part in _cut(row)]
+        return [[item] for item in cut]
+
+    def _forward(self, work: list[Work], pool: Pool, recorded: Recordings | None = None) -> Tensor | None:
+        """The logits of rows, at least one; sequences that begin with a source have been read."""
+        return self.model.forward(batches.build(work, self.page_tokens, self.adapters), pool, recorded)
 
     def _accept(self, rows: Items[Row], begun: Items[Sequence]) -> list[Work]:
         """Check a step's rows and sources against the limits, and rows against their sequences."""
@@ -183,12 +269,11 @@ class Engine:
             raise ProtocolError("a step has two rows of one sequence")
         return [(row, self._sequences.advance(row)) for row in rows]
 
-    def _read(self, begun: Items[Sequence]) -> None:
+    def _read(self, begun: Items[Sequence], pool: Pool) -> None:
         """Have the encoder read the sources of new sequences, all at once."""
         sources = sorted((sequence for sequence in begun if sequence.source), key=lambda sequence: sequence.handle)
         if sources:
-            assert self._pool is not None
-            self.model.encode(batches.read(sources, self.page_tokens, self.adapters), self._pool)
+            self.model.encode(batches.read(sources, self.page_tokens, self.adapters), pool)
 
     def _look(self, work: list[Work]) -> None:
         """Encode the images that rows show or look at first. One that cannot be shown fails its sequence and no other."""
@@ -238,6 +323,15 @@ class Engine:
             sampled.append(logits[at : at + _samples(row)])
             at += _samples(row)
         return prompts, torch.cat(sampled)
+
+
+def _cut(row: Row) -> list[Row]:
+    """A row as two, the first of which samples nothing; none where it has but one token that is no guess."""
+    known = row.tokens - len(row.drafts)
+    if known < 2:
+        return []
+    half = known // 2
+    return [replace(row, tokens=half, sample=False, drafts=()), replace(row, start=row.start + half, tokens=row.tokens - half)]
 
 
 def _samples(row: Row) -> int:

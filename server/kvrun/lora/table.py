@@ -41,6 +41,11 @@ class LoraBatch:
                 parts.setdefault(site, []).append((updates, run.start, run.stop))
         return cls({site: ops.LoraSegments.joined(found) for site, found in parts.items()}, runs)
 
+    @property
+    def sites(self) -> Mapping[int, ops.LoraSegments]:
+        """The segments of every linear that is changed."""
+        return self._sites
+
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to `y` what the adapters of these rows change at linear `site`.
 

@@ -12,7 +12,7 @@ from kvrun.nn.batch import ForwardBatch
 from kvrun.nn.embedding import Embedding, Head
 from kvrun.nn.linear import LinearDelta
 from kvrun.nn.positions import RotaryTable
-from kvrun.nn.recorded import RecordedSteps
+from kvrun.nn.recorded import Recordings
 from kvrun.nn.residual import PostNorm, Residual
 from kvrun.nn.step import ForwardStep, Reader, RecurrentStep
 from kvrun.state.pool import Pool
@@ -29,16 +29,13 @@ class Decoder:
     rotaries: tuple[RotaryTable, ...]
     wide: bool = False  # residuals add up in float32
 
-    def forward(self, batch: ForwardBatch, pool: Pool, recorded: RecordedSteps | None = None) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, pool: Pool, recorded: Recordings | None = None) -> Tensor | None:
         """Compute the batch's tokens, leave their keys, values and states in the pool.
 
         Returns the wanted logits [S, vocabulary] float32 on rank 0, None elsewhere.
         """
         step = self.step(batch, pool)
-        x = self.embed(batch.ids, step)
-        if batch.splice is not None:
-            x[batch.splice.tokens] = batch.splice.rows
-        x = x.float() if self.wide else x
+        x = self.enter(batch, step)
         found = None if recorded is None else recorded.layers(x, batch)
         if found is None:
             for residual in self.residuals:
@@ -46,6 +43,13 @@ class Decoder:
         else:
             x = found
         return self.head(x[batch.wanted], batch.wanted, batch.lora)
+
+    def enter(self, batch: ForwardBatch, step: ForwardStep) -> Tensor:
+        """What the first residual is given: [T, hidden]"""
+        x = self.embed(batch.ids, step)
+        if batch.splice is not None:
+            x[batch.splice.tokens] = batch.splice.rows
+        return x.float() if self.wide else x
 
     def reach(self, positions: int) -> None:
         """Have rotary tables for sequences of so many tokens."""

@@ -46,5 +46,7 @@ def sorted_by(choice: Tensor, count: int) -> tuple[Groups, Tensor]:
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     offsets = order.new_zeros(count + 1)
-    torch.cumsum(torch.bincount(flat, minlength=count), 0, out=offsets[1:])
+    # Not bincount: on a GPU it waits to see how long it becomes.
+    counts = order.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))
+    torch.cumsum(counts, 0, out=offsets[1:])
     return Groups(offsets, order // choice.shape[1]), places.view(choice.shape)

@@ -3,11 +3,12 @@ the adapter table's; this file only joins the two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from kvrun_kernels.ops import LoraSegments
 from torch import Tensor
 
 from kvrun.quant.format import QuantizedLinear
@@ -35,6 +36,10 @@ class Source:
 
 class LinearDelta(Protocol):
     """What the adapters of one step add to a linear's output."""
+
+    @property
+    def sites(self) -> Mapping[int, LoraSegments]:
+        """The segments of every linear that is changed."""
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to y, in place, what the adapters of its rows make of x. x [T, in_features] · y [T, out_features]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from kvrun.device import Device, serving
 from kvrun.nn.batch import ForwardBatch
+from kvrun.nn.captured import CapturedSteps
 from kvrun.nn.decoder import Decoder
 from kvrun.nn.encoder import Encoder
 from kvrun.nn.linear import Linear, LinearDelta
-from kvrun.nn.recorded import RecordedSteps
+from kvrun.nn.recorded import RecordedSteps, Recordings
 from kvrun.nn.step import Reader
 from kvrun.nn.vision.sight import Sight
 from kvrun.spec import Config, Model
@@ -71,12 +73,16 @@ class LoadedModel:
     def pool(self, pages: int, page_tokens: int = 16, dtype: torch.dtype | None = None, sequences: int = 1) -> Pool:
         """Zeroed pages, and slots for so many sequences where the model needs some; `dtype` None is the model's own."""
         return Pool(
-            KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device.place),
+            KvPages(self.page_shapes, pages, page_tokens, dtype or self.dtype, self.device.place, spare=int(self.device.captures)),
             Slots(self.slot_shapes, sequences if self.slot_shapes else 0, self.dtype, self.device.place),
         )
 
-    def recorded(self, pool: Pool) -> RecordedSteps:
-        """Room for the recordings of steps over a pool."""
+    @torch.inference_mode()
+    def recorded(self, pool: Pool, sizes: Sequence[int] = ()) -> Recordings:
+        """Room for the recordings of steps over a pool, or what was captured of steps of `sizes` rows where the device wants that."""
+        # Whoever reads a source or keeps a state brings more along than a capture has a place for.
+        if sizes and self.device.captures and not (self.slot_shapes or self.encoder or self.readers):
+            return CapturedSteps(self.decoder, pool, self.positions, self.linears, self.dtype, sizes)
         return RecordedSteps(self.decoder, pool, self.positions, self.device.place)
 
     @property
@@ -94,7 +100,7 @@ class LoadedModel:
         return page_bytes(self.page_shapes, page_tokens, dtype or self.dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, pool: Pool, recorded: RecordedSteps | None = None) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, pool: Pool, recorded: Recordings | None = None) -> Tensor | None:
         """Logits of the wanted tokens, [S, vocabulary] float32, on rank 0; None elsewhere. Every rank must call it alike.
 
         The batch was made on the host, the logits lie where the model does. `recorded`: what steps over this pool left to

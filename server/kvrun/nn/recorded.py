@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 KEPT = 64
 # What a step may bring along for its layers; whatever else a batch has is made for one step alone.
 ALIKE = {"ids", "positions", "query_start", "contexts", "page_table", "slots", "wanted", "lora", "host"}
+
+
+class Recordings(Protocol):
+    """What earlier steps over a pool left to be made again."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """The numbers of rows that are there before the first step, ascending; none where steps are recorded as they come."""
+
+    def layers(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
+        """What the decoder's layers make of x [T, hidden]; None where there is nothing to go by."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Recorded:
 class RecordedSteps:
     """The recordings of one model over one pool. A step is recorded when one of its kind came before."""
 
+    sizes: Sequence[int] = ()
+
     def __init__(self, decoder: Decoder, pool: Pool, positions: int, place: torch.device) -> None:
         self._decoder, self._pool = decoder, pool
         self._pages = min(-(-positions // pool.kv.page_tokens) or pool.kv.pages, pool.kv.pages)
@@ -55,7 +69,7 @@ class RecordedSteps:
     def layers(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
         """What the decoder's layers make of x [T, hidden], from a recording; None where there is none to go by."""
         adapted = batch.lora is not None
-        if not self._whole[adapted] or not _alike(batch):
+        if not self._whole[adapted] or not is_alike(batch):
             return None
         self._look_at_rotaries()
         kept = self._plain if batch.lora is None else self._adapted.setdefault(batch.lora, {})
@@ -99,7 +113,7 @@ class RecordedSteps:
             self._adapted.clear()
 
 
-def _alike(batch: ForwardBatch) -> bool:
+def is_alike(batch: ForwardBatch) -> bool:
     """Whether every row is one token and the batch has only what all such batches have."""
     if len(batch.ids) != len(batch.contexts):
         return False

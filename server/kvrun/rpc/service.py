@@ -78,7 +78,7 @@ class ModelShard(rpc.ModelShardServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except Exception as error:
             self._abort(context, error)
-        return pb.Reservation(pages=grant.pages, adapter_bytes=grant.adapter_bytes)
+        return pb.Reservation(pages=grant.pages, adapter_bytes=grant.adapter_bytes, captured=grant.captured)
 
     def Run(self, requests: Iterator[pb.Step], context: grpc.ServicerContext) -> Iterator[pb.Outcome]:
         """Answer steps until the caller ends the stream or an epoch does."""

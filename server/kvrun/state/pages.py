@@ -21,13 +21,28 @@ class KvPages:
     """
 
     def __init__(
-        self, shapes: Sequence[PageShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        shapes: Sequence[PageShape],
+        pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        spare: int = 0,
     ) -> None:
+        """spare: pages after these that nobody is granted"""
         self.pages = pages
         self.page_tokens = page_tokens
+        self.place = torch.device(device)
         beside = STORED[stored_name(dtype)][1] // dtype.itemsize
         # Zeros, not garbage: a kernel may read past a short context and multiply by zero, and 0 * nan is nan.
-        self.layers: list[Tensor] = [_zeros((pages, s.planes, s.kv_heads, page_tokens, s.head_dim + beside), dtype, device) for s in shapes]
+        self.layers: list[Tensor] = [
+            _zeros((pages + spare, s.planes, s.kv_heads, page_tokens, s.head_dim + beside), dtype, device) for s in shapes
+        ]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all sequences together may keep."""
+        return self.pages * self.page_tokens
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,163 @@
+"""Memory on a GPU: what is left for pages is measured at the largest steps, and a step that finds too little is computed in parts."""
+
+from threading import local
+
+import pytest
+import torch
+from driver import PAGE_TOKENS, PAGES, Driver, Ranks
+from elsewhere import GIB, gpus, need, settle
+from graphs import METER
+from kvrun.device import Cpu, Cuda
+from kvrun.engine import engine as engines_of
+from kvrun.engine.memory import SLACK, MemoryBudget
+from kvrun.engine.sampling import MOST_ALTERNATIVES, Sampling
+from kvrun.errors import OutOfMemory
+from kvrun.nn.build import load_model
+from kvrun.nn.loaded import LoadedModel
+from kvrun.rpc.convert import status
+
+TOKENS, ROWS = 12, 3  # of a step
+PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 30, 17)]
+SCORED = Sampling(temperature=0.8, seed=3, top_p=0.9, top_logprobs=2, prompt_logprobs=True)
+
+
+@pytest.fixture
+def on_gpu(checkpoint):
+    """(free bytes, ...) -> an engine on a GPU that is not there, whose pages come out of what is free."""
+    need("stand-in")
+    threads = local()
+
+    def load(folder, **more):
+        if not hasattr(threads, "device"):  # the threads are the engines' own and end with them
+            threads.device = settle()
+        return load_model(folder, device=Cuda(0), **more)
+
+    with gpus(1, measured=True):
+        yield lambda free, **flags: Ranks(
+            checkpoint("llama"), load_model=load, captured=(1, 2), budget=MemoryBudget(**flags, free=lambda: free)
+        )
+
+
+def wanted(ranks, monkeypatch) -> list[int]:
+    """What a reservation of as many pages as there may be finds to be wanted beside them."""
+    found, beside = [], engines_of.Engine._beside
+    monkeypatch.setattr(engines_of.Engine, "_beside", lambda self, *sizes: found.append(beside(self, *sizes)) or found[-1])
+    return found
+
+
+def test_pages_take_what_the_largest_step_leaves(on_gpu, monkeypatch):
+    found = wanted(None, monkeypatch)
+    ranks = on_gpu(1 << 26, adapter_bytes=1 << 20)
+    (grant,) = ranks.each(lambda engine: engine.reserve(0, TOKENS, ROWS, 0))
+    page, (beside,) = ranks.engines[0].page_bytes, found
+    left = int((1 << 26) * (1 - SLACK))
+    assert beside > 1 << 20, "the adapters and more"
+    assert grant.pages == min((left - beside) // page, ranks.engines[0].model.positions // PAGE_TOKENS * ROWS)
+    assert grant.captured == (1, 2)
+
+
+def test_no_step_takes_more_than_was_measured(on_gpu, adapter, monkeypatch):
+    found = wanted(None, monkeypatch)
+    ranks = on_gpu(GIB, adapter_bytes=1 << 20)
+    ranks.each(lambda engine: engine.reserve(PAGES, TOKENS, ROWS, 0))
+    ranks.load(1, adapter("rank64"))
+    driver = Driver(ranks.step)
+    costly = Sampling(temperature=1.0, top_p=0.99, repetition_penalty=1.1, top_logprobs=MOST_ALTERNATIVES, prompt_logprobs=True)
+    for index in range(ROWS):
+        driver.add(index, PROMPTS[1], 2, costly, adapter=index % 2)
+    METER.reset()
+    driver.run(chunk=TOKENS // ROWS)
+    most = METER.most()
+    assert 0 < most < found[0] - (1 << 20), (most, found)
+
+
+def test_a_cache_that_does_not_fit_beside_the_largest_step_is_refused(on_gpu):
+    ranks = on_gpu(1 << 26, kv_cache_bytes=(1 << 26) - (1 << 16), adapter_bytes=1 << 20)
+    with pytest.raises(OutOfMemory, match=r"--kv-cache-bytes \d+ does not fit: \d+ are left beside the weights"):
+        ranks.each(lambda engine: engine.reserve(0, TOKENS, ROWS, 0))
+
+
+def test_a_step_that_never_fits_is_an_error_of_the_start(on_gpu, monkeypatch):
+    ranks = on_gpu(GIB)
+    monkeypatch.setattr(LoadedModel, "forward", lambda *_: _short())
+    with pytest.raises(OutOfMemory, match=r"a step of 12 tokens in 3 rows does not fit .* lower --max-batch-prefill-tokens"):
+        ranks.each(lambda engine: engine.reserve(0, TOKENS, ROWS, 0))
+
+
+def short(too_large):
+    """LoadedModel.forward with memory for less than what is too large."""
+    forward = LoadedModel.forward
+
+    def run(self, batch, pool, recorded=None):
+        if too_large(batch):
+            # What it had written by then is written again.
+            pool.kv.layers[0][batch.slots // PAGE_TOKENS, :, :, batch.slots % PAGE_TOKENS] = torch.nan
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch, pool, recorded)
+
+    return run
+
+
+def answers(ranks) -> Driver:
+    ranks.reserve()
+    driver = Driver(ranks.step)
+    for index, prompt in enumerate(PROMPTS):
+        driver.add(index, prompt, 5, SCORED if index % 2 else None)
+    driver.run(chunk=16)
+    assert not driver.errors
+    return driver
+
+
+@pytest.mark.parametrize(("what", "too_large"), [
+    ("rows", lambda batch: len(batch.contexts) > 1),
+    ("tokens", lambda batch: len(batch.ids) > 3),
+    ("a prompt, now and then", lambda batch: len(batch.ids) > len(batch.contexts) and int(batch.contexts.sum()) % 2),
+])  # fmt: skip
+def test_a_step_without_memory_is_computed_in_parts_and_loses_nothing(what, too_large, engines, monkeypatch):
+    expected = answers(engines())
+    reclaimed = []
+    monkeypatch.setattr(Cpu, "reclaim", lambda self: reclaimed.append(self))
+    monkeypatch.setattr(LoadedModel, "forward", short(too_large))
+    found = answers(engines())
+    assert reclaimed
+    assert found.answers == expected.answers and found.details == expected.details
+    for index, prompt in expected.prompts.items():
+        assert [(t.id, t.top) for t in found.prompts[index]] == [(t.id, t.top) for t in prompt], what
+
+
+def test_sampling_without_memory_is_done_in_parts_too(engines, monkeypatch):
+    expected, sample = answers(engines()), engines_of.sample
+
+    def little(logits, choices, limit):
+        if len(choices) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(logits, choices, limit)
+
+    monkeypatch.setattr(engines_of, "sample", little)
+    found = answers(engines())
+    assert (found.answers, found.details, found.prompts) == (expected.answers, expected.details, expected.prompts)
+
+
+@pytest.mark.parametrize(("row", "world"), [("mamba", 1), ("llama", 2)])
+def test_what_cannot_be_computed_again_ends_the_epoch_and_is_replayed(row, world, engines, monkeypatch):
+    expected, ranks = answers(engines(row, world)).answers, engines(row, world)
+    driver, calls = Driver(ranks.step), []
+    for index, prompt in enumerate(PROMPTS):
+        driver.add(index, prompt, 5, SCORED if index % 2 else None)
+    driver.turn()
+    driver.turn()
+    # Every rank is short at once: one that is short alone ends its process, and the others with it.
+    monkeypatch.setattr(LoadedModel, "forward", lambda *_: calls.append(_short()))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        driver.turn()
+    assert status(error.value).name == "RESOURCE_EXHAUSTED" and not calls
+    monkeypatch.undo()
+    ranks.reserve()
+    again = Driver(ranks.step)
+    for index, prompt in enumerate(PROMPTS):
+        again.add(index, prompt, 5, SCORED if index % 2 else None, committed=driver.answers[index])
+    assert again.run() == expected
+
+
+def _short() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
