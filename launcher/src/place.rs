@@ -167,10 +167,18 @@ mod tests {
 
     #[test]
     fn what_computes_attention_on_gpus_only_is_refused_on_the_processors() {
-        for (flags, gpus) in [(&["--attention=flashinfer"][..], 0), (&["--attention=flashinfer", "--device=cpu"], 2)] {
+        for (flags, gpus) in [
+            (&["--attention=flashinfer"][..], 0),
+            (&["--attention=flashinfer", "--device=cpu"], 2),
+        ] {
             let failure = choose(flags, gpus).expect_err("a refusal");
             assert_eq!(failure.code, Code::Device);
-            assert!(failure.message.starts_with("--attention flashinfer computes on GPUs"), "{failure}");
+            assert!(
+                failure
+                    .message
+                    .starts_with("--attention flashinfer computes on GPUs"),
+                "{failure}"
+            );
         }
         assert_eq!(found(&["--attention=paged"], 0), ("cpu", 1));
     }
