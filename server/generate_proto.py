@@ -1,4 +1,5 @@
-"""Writes the Python side of the wire, `kvrun/rpc/pb/`, from `proto/model_shard.proto`. Runs without kvrun being installed."""
+"""Writes the Python side of the wire, `kvrun/rpc/pb/`, from `proto/model_shard.proto`: messages, the service that shards are, and for
+tests a client of another library. Runs without kvrun being installed."""
 
 import re
 import shutil
@@ -20,10 +21,11 @@ def generate(source: Path = SOURCE, target: Path = TARGET) -> None:
     target.mkdir(parents=True)
     (target / "__init__.py").write_text('"""Generated from proto/model_shard.proto by generate_proto.py; never edited."""\n')
     includes = [f"-I{source.parent}", f"-I{resources.files('grpc_tools') / '_proto'}"]
-    outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", *includes, *outputs, source.name]):
+    outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpclib_python", "grpc_python")]
+    plugin = Path(sys.executable).with_name("protoc-gen-grpclib_python")
+    if protoc.main(["protoc", f"--plugin={plugin.name}={plugin}", *includes, *outputs, source.name]):
         raise SystemExit(f"protoc refused {source}; its message is above")
-    for file in target.glob("*_pb2*.py*"):
+    for file in target.glob("*.py*"):
         # protoc writes absolute imports of siblings, which only work from inside the generated folder.
         file.write_text(re.sub(r"^import (\w+_pb2)", r"from . import \1", file.read_text(), flags=re.MULTILINE))
 

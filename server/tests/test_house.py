@@ -36,7 +36,7 @@ MAY_IMPORT = {
 }
 # Packages from outside that a room may not touch: text stays out of the shard's core, tensors out of its descriptions.
 NO_TORCH = {"spec", "models", "errors", "hub", "inspect", "config", "gguf"}
-TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "kvrun_kernels", "grpc", "google"}
+TENSOR_PACKAGES = {"torch", "numpy", "safetensors", "kvrun_kernels", "grpclib", "google"}
 
 # Rooms that take tensors as they lie.
 DEVICELESS = {"nn", "models", "spec", "lora", "quant", "weights"}

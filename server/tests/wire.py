@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpclib.health.v1 import health_pb2
 from kvrun.engine.sampling import Sampling, TokenLogprob
 from kvrun.engine.sequence import Outcome, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
@@ -37,10 +37,15 @@ class Shard:
         self.process = spawn("serve", folder, "--uds-path", socket, *flags, *args, **options)
         self.channel = grpc.insecure_channel(f"unix:{socket}")
         self.calls = rpc.ModelShardStub(self.channel)
+        self.check = self.channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
 
     def status(self, service: str = "kvrun.v1.ModelShard") -> int:
         """What the health service says."""
-        return health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(service=service), wait_for_ready=True).status
+        return self.check(health_pb2.HealthCheckRequest(service=service), wait_for_ready=True).status
 
     def ready(self, seconds: float = 120) -> "Shard":
         """Wait until it serves."""

@@ -1,9 +1,10 @@
-"""The one thread on which the model is loaded and every step runs, and the step stream it answers to."""
+"""The one thread on which the model is loaded and every step runs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -21,21 +22,20 @@ class ComputeThread:
         """Run `work`, which must not raise, after all that was posted before."""
         self._work.put(work)
 
-    def call(self, work: Callable[[], T]) -> T:
-        """Run `work` after all that was posted before, and return or raise what it does."""
-        answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` after all that was posted before; what it returns or raises."""
+        answer: Future[T] = Future()
 
         def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
-                answer.put((work(), None))
-            except BaseException as error:  # carried to the caller's thread, whatever it is
-                answer.put((None, error))
+                answer.set_result(work())
+            except BaseException as error:  # carried to the caller, whatever it is
+                answer.set_exception(error)
 
         self.post(run)
-        value, error = answer.get()
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+        return answer
 
     def _run(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import grpc
+from grpclib import Status
 
 from kvrun import errors
 from kvrun.engine.images import Image
@@ -11,20 +11,20 @@ from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
 
 # The first row that an error is an instance of decides.
-STATUS: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
-    (errors.AdapterNotFound, grpc.StatusCode.NOT_FOUND),
-    (errors.AdapterTooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (errors.AdapterError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.StaleEpoch, grpc.StatusCode.ABORTED),
+STATUS: tuple[tuple[type[BaseException], Status], ...] = (
+    (errors.AdapterNotFound, Status.NOT_FOUND),
+    (errors.AdapterTooLarge, Status.RESOURCE_EXHAUSTED),
+    (errors.AdapterError, Status.INVALID_ARGUMENT),
+    (errors.ProtocolError, Status.INVALID_ARGUMENT),
+    (errors.StaleEpoch, Status.ABORTED),
 )
 
 
-def status(error: BaseException) -> grpc.StatusCode:
+def status(error: BaseException) -> Status:
     """The status an error answers with; INTERNAL for one that has no name."""
     if errors.is_out_of_memory(error):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
-    return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+        return Status.RESOURCE_EXHAUSTED
+    return next((code for kind, code in STATUS if isinstance(error, kind)), Status.INTERNAL)
 
 
 def to_step(message: pb.Step) -> Step:

@@ -1,26 +1,28 @@
-"""The life of a shard process: bind, load, serve, and end when told to or when nobody is left to serve."""
+"""The life of a shard process: bind, load, serve, and end when told to or when nobody is left to serve.
+
+Nothing here wakes by the clock: a shard without work sleeps until a call, a signal or its parent's death.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import logging
 import os
-import select
 import signal
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpclib.config import Configuration
+from grpclib.health.check import ServiceStatus
+from grpclib.health.service import Health
+from grpclib.server import Server
 
 from kvrun.errors import ConfigError, KvrunError, OutOfMemory, is_out_of_memory
 from kvrun.rpc.compute import ComputeThread
-from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
 from kvrun.rpc.service import Identity, ModelShard
 
 if TYPE_CHECKING:
@@ -28,11 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvrun")
 
-SERVICES = ("", "kvrun.v1.ModelShard")
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-# Calls that wait inside the server at once: a step stream or two, health watchers, adapter loads.
-CALLS = 24
-UNBOUNDED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+WINDOW = 64 << 20  # bytes on their way to this shard: the largest message that the router sends
+LAST_WORDS_S = 0.2  # for answers that say why the process ends
 BUG = 70
 
 
@@ -42,31 +41,45 @@ def run(socket: Path, identity: Identity, death_fd: int | None, load: Callable[[
     The socket answers at once, as NOT_SERVING; `load` runs on the compute thread.
     """
     faulthandler.enable()  # a watchdog's SIGABRT leaves the stacks of all threads
-    verdict: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: verdict.put(0))
-    if death_fd is not None:
-        _watch(death_fd)
-    compute = ComputeThread()
-    shard = ModelShard(identity, compute, broken=lambda: verdict.put(BUG))
-    server, checks = _bind(socket, shard)
-
-    def begin() -> None:
-        code = _load(load, shard)
-        if code:
-            verdict.put(code)
-            return
-        for service in SERVICES:
-            checks.set(service, SERVING)
-        log.info("ready", extra={"fields": {"socket": str(socket)}})
-
-    compute.post(begin)
-    code = verdict.get()
-    server.stop(grace=0.2 if code else 0).wait(0.5)
-    socket.unlink(missing_ok=True)
+    logging.getLogger("grpclib").setLevel(logging.ERROR)  # it tells of every call that a caller gave up
+    code = asyncio.run(_live(socket, identity, death_fd, load))
     logging.shutdown()
     # Threads may be deep in a kernel or a collective; nothing they hold outlives the process.
     os._exit(code)
+
+
+async def _live(socket: Path, identity: Identity, death_fd: int | None, load: Callable[[], Engine]) -> int:
+    """From the first call that is answered to the exit code."""
+    loop = asyncio.get_running_loop()
+    verdict: asyncio.Future[int] = loop.create_future()
+
+    def end(code: int) -> None:
+        if not verdict.done():
+            verdict.set_result(code)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, 0)
+    if death_fd is not None:
+        _watch(loop, death_fd)
+    compute, serving = ComputeThread(), ServiceStatus()
+    shard = ModelShard(identity, compute, broken=lambda: loop.call_soon_threadsafe(end, BUG))
+    server = await listen(socket, shard, serving)
+
+    def ready() -> None:
+        serving.set(True)
+        log.info("ready", extra={"fields": {"socket": str(socket)}})
+
+    def begin() -> None:
+        code = _load(load, shard)
+        loop.call_soon_threadsafe(*((end, code) if code else (ready,)))
+
+    compute.post(begin)
+    code = await verdict
+    if code:
+        await asyncio.sleep(LAST_WORDS_S)
+    server.close()
+    socket.unlink(missing_ok=True)
+    return code
 
 
 def _load(load: Callable[[], Engine], shard: ModelShard) -> int:
@@ -85,41 +98,38 @@ def _load(load: Callable[[], Engine], shard: ModelShard) -> int:
     return 0
 
 
-def _bind(socket: Path, shard: ModelShard) -> tuple[grpc.Server, health.HealthServicer]:
-    server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), options=UNBOUNDED)
-    checks = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2))
-    for service in SERVICES:
-        checks.set(service, NOT_SERVING)
-    rpc.add_ModelShardServicer_to_server(shard, server)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+async def listen(socket: Path, shard: ModelShard, serving: ServiceStatus) -> Server:
+    """A server of the calls and of health, which `serving` decides, at a socket that only this user may open."""
+    serving.set(False)
+    windows = Configuration(http2_connection_window_size=WINDOW, http2_stream_window_size=WINDOW)
+    server = Server([shard, Health({shard: [serving]})], config=windows)
     socket = socket.absolute()
     if socket.is_socket():
         socket.unlink()  # a dead process left it: the run directory belongs to one launcher
     mask = os.umask(0o177)  # the socket is born 0600
     try:
-        server.add_insecure_port(f"unix:{socket}")
-    except RuntimeError as error:
+        await server.start(path=str(socket))
+    except OSError as error:
         raise ConfigError(f"--uds-path {socket} cannot be bound: {error}; its folder must exist and the path be under 108 bytes") from error
     finally:
         os.umask(mask)
-    server.start()
-    return server, checks
+    return server
 
 
-def _watch(death_fd: int) -> None:
-    """End the process when the other end of the pipe closes or the parent changes, whichever is seen first."""
-    parent = os.getppid()
-    try:
-        os.fstat(death_fd)
-    except OSError as error:
-        raise ConfigError(f"KVRUN_DEATH_FD is {death_fd}, which is not open: {error}") from error
+def _watch(loop: asyncio.AbstractEventLoop, death_fd: int) -> None:
+    """End the process when the other end of the pipe closes or the parent ends, whichever is seen first."""
 
-    def wait() -> None:
-        while os.getppid() == parent:
-            readable, _, _ = select.select([death_fd], [], [], 1.0)
-            if readable and not os.read(death_fd, 1):
-                break
+    def gone() -> None:
         print("the launcher is gone; so is this shard", file=sys.stderr, flush=True)
         os._exit(0)
 
-    threading.Thread(target=wait, name="death-pipe", daemon=True).start()
+    def read() -> None:
+        if not os.read(death_fd, 1):
+            gone()
+
+    try:
+        loop.add_reader(death_fd, read)
+    except OSError as error:
+        raise ConfigError(f"KVRUN_DEATH_FD is {death_fd}, which is no open pipe: {error}") from error
+    with suppress(OSError):  # a parent outside this process namespace, or an old kernel: then the pipe alone tells
+        loop.add_reader(os.pidfd_open(os.getppid()), gone)

@@ -4,23 +4,24 @@ The launcher and shard processes are left out, which other tests here start: wha
 Models with an encoder answer in test_states.py.
 """
 
+import asyncio
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpclib.health.check import ServiceStatus
 from kvrun.dist import Group
 from kvrun.engine.engine import Engine
 from kvrun.engine.memory import MemoryBudget
 from kvrun.nn.build import load_model
 from kvrun.rpc.compute import ComputeThread
-from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
+from kvrun.rpc.process import listen
 from kvrun.rpc.service import Identity, ModelShard
 from tiny import ROWS, TIE, behind, oracle
 from tokenizers import Tokenizer
@@ -33,21 +34,20 @@ ASKED = [*PROMPTS[:3], "A", "Twice " * 12]  # the last is longer than every wind
 @contextmanager
 def shard(folder: Path, socket: Path) -> Iterator[None]:
     """A shard of this process at a socket."""
-    compute = ComputeThread()
+    compute, serving, loop = ComputeThread(), ServiceStatus(), asyncio.new_event_loop()
+    engine = compute.call(lambda: Engine(load_model(folder, dtype="float32"), Group.single(), MemoryBudget(1 << 24, 1 << 20))).result()
     service = ModelShard(Identity("tiny", 0, 1), compute, broken=lambda: None)
-    engine = compute.call(lambda: Engine(load_model(folder, dtype="float32"), Group.single(), MemoryBudget(1 << 24, 1 << 20)))
     service.attach(engine)
-    server, checks = grpc.server(ThreadPoolExecutor(8)), health.HealthServicer()
-    for name in ("", "kvrun.v1.ModelShard"):
-        checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    rpc.add_ModelShardServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    server.add_insecure_port(f"unix:{socket}")
-    server.start()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(listen(socket, service, serving), loop).result()
+    loop.call_soon_threadsafe(serving.set, True)
     try:
         yield
     finally:
-        server.stop(0).wait(5)
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 @contextmanager
