@@ -99,7 +99,8 @@ pub fn make(
     let mut remarks: Vec<String> = threads.remark.iter().cloned().collect();
     if matches!(place, Place::Cpu { .. }) && settings.cuda_graphs != GraphSizes::default() {
         remarks.push(
-            "--cuda-graphs has no effect: on CPUs, decoding steps are recorded as they come".to_owned(),
+            "--cuda-graphs has no effect: on CPUs, decoding steps are recorded as they come"
+                .to_owned(),
         );
     }
     if model.page_bytes == 0 && settings.kv_cache_dtype != KvCacheDtype::Auto {

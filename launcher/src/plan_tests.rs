@@ -223,6 +223,35 @@ fn a_share_of_a_gpu_bounds_what_is_planned_there() {
 }
 
 #[test]
+fn a_shard_on_a_gpu_measures_what_is_left_for_pages_unless_a_number_was_asked_for() {
+    let kept = |flags: &[&str], machine: &Machine| {
+        let settings = settings(flags);
+        let plan = make(&settings, machine, &inspection()).expect("a plan");
+        plan.kept_bytes(&settings)
+    };
+    assert_eq!(kept(&[], &with_gpus()), None);
+    assert_eq!(kept(&["--kv-cache-bytes=1GiB"], &with_gpus()), Some(GIB));
+    assert_eq!(
+        kept(&["--kv-cache-bytes=1GiB"], &machine(8 * GIB)),
+        Some(GIB)
+    );
+    assert!(kept(&[], &machine(8 * GIB)).is_some());
+}
+
+#[test]
+fn sizes_of_graphs_are_explained_where_there_is_no_gpu() {
+    let told = |flags: &[&str], machine: &Machine| {
+        let plan = make(&settings(flags), machine, &inspection()).expect("a plan");
+        let about = |remark: &&String| remark.starts_with("--cuda-graphs has no effect");
+        plan.remarks.iter().filter(about).count()
+    };
+    assert_eq!(told(&["--cuda-graphs=1,3"], &machine(8 * GIB)), 1);
+    assert_eq!(told(&["--cuda-graphs=0"], &machine(8 * GIB)), 1);
+    assert_eq!(told(&[], &machine(8 * GIB)), 0);
+    assert_eq!(told(&["--cuda-graphs=1,3"], &with_gpus()), 0);
+}
+
+#[test]
 fn a_machine_with_gpus_that_are_not_wanted_is_planned_by_its_main_memory() {
     let machine = Machine {
         gpus: with_gpus().gpus,

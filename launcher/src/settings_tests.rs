@@ -95,6 +95,22 @@ fn every_flag_known_elsewhere_is_understood() {
 }
 
 #[test]
+fn sizes_of_graphs_are_numbers_of_rows_or_0_alone() {
+    let sizes = |text: &str| {
+        let flag = format!("--cuda-graphs={text}");
+        Args::try_parse_from(["text-generation-launcher", &flag])
+            .map(|args| args.sharding.cuda_graphs.to_string())
+            .map_err(|error| error.to_string())
+    };
+    assert_eq!(sizes("1,2, 40"), Ok("1,2,40".to_owned()));
+    assert_eq!(sizes("0"), Ok("0".to_owned()));
+    for wrong in ["0,1", "", "a", "1,,2", "-1"] {
+        let error = sizes(wrong).expect_err(wrong);
+        assert!(error.contains("is no number of rows"), "{error}");
+    }
+}
+
+#[test]
 fn every_long_flag_known_elsewhere_has_its_variable() {
     let variables = Args::variables();
     // `--env` and `--hostname` differ on purpose: see the flags' own texts.

@@ -121,8 +121,10 @@ impl fmt::Display for GraphSizes {
     /// As they are written on a command line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sizes: Vec<String> = self.0.iter().map(u32::to_string).collect();
-        f.write_str(if sizes.is_empty() { "0" } else { "" })?;
-        f.write_str(&sizes.join(","))
+        match sizes.is_empty() {
+            true => f.write_str("0"),
+            false => f.write_str(&sizes.join(",")),
+        }
     }
 }
 
@@ -136,7 +138,9 @@ fn graph_sizes(text: &str) -> Result<GraphSizes, String> {
             "`{word}` is no number of rows; write numbers above 0 with commas between them, or `0` alone to capture none"
         )),
     };
-    Ok(GraphSizes(text.split(',').map(size).collect::<Result<_, _>>()?))
+    Ok(GraphSizes(
+        text.split(',').map(size).collect::<Result<_, _>>()?,
+    ))
 }
 
 fn share(text: &str) -> Result<f32, String> {
