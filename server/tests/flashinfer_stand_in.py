@@ -10,7 +10,10 @@ import functools
 import math
 from types import SimpleNamespace
 
+import graphs
 import torch
+from elsewhere import Elsewhere
+from torch.utils._pytree import tree_map_only
 
 CALLS: list[tuple[str, str, tuple, dict]] = []  # class, method, arguments
 DTYPES = {torch.float16, torch.bfloat16}
@@ -184,26 +187,43 @@ class _How:
 
 def attend(rows, how, q, cache, sinks, scale, return_lse):
     """q [qo_indptr[-1], heads, dim] · cache [pages, 2, kv_heads, page_size, dim] in HND, its third and fourth turned in NHD."""
-    tokens_first = rows.layout == "NHD"
-    page = (how.page_size, how.kv_heads) if tokens_first else (how.kv_heads, how.page_size)
+    page = (how.page_size, how.kv_heads) if rows.layout == "NHD" else (how.kv_heads, how.page_size)
     assert cache.shape[1:] == (2, *page, how.dim), f"pages of {tuple(cache.shape)} were not planned"
     if q.dtype != how.q_dtype or cache.dtype != how.kv_dtype:
         raise ValueError(f"planned for {how.q_dtype} over {how.kv_dtype}, and {q.dtype} over {cache.dtype} came")
-    starts, page_starts, pages, lasts = rows.buffers
+    out, levels = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    tokens_first = rows.layout == "NHD"
+    launched(_kernel, how, scale, tokens_first, out, levels, q, cache, sinks, *rows.buffers)
+    return (out, levels) if return_lse else out
+
+
+def launched(kernel, *args):
+    """Run a kernel on the device, which a graph that is being captured keeps: it reads and writes where tensors lie."""
+    held = tree_map_only(Elsewhere, lambda tensor: tensor.held, args)
+
+    def launch(*args):
+        with torch._C._DisableTorchDispatch():
+            kernel(*args)
+
+    launch(*held)
+    if (graph := graphs.active()) is not None:
+        graph.note(launch, held, {}, {id(tensor) for tensor in held if isinstance(tensor, torch.Tensor)})
+
+
+def _kernel(how, scale, tokens_first, out, levels, q, cache, sinks, starts, page_starts, pages, lasts):
     starts, page_starts, lasts = starts.tolist(), page_starts.tolist(), lasts.tolist()
     if q.shape != (starts[-1], how.heads, how.dim):
         raise ValueError(f"q.shape {tuple(q.shape)} does not match qo_indptr[-1] {starts[-1]}")
-    out, levels = torch.zeros_like(q), torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
     for n, last in enumerate(lasts):
         held = pages[page_starts[n] : page_starts[n + 1]].long()
         assert 1 <= last <= how.page_size and len(held), "a request has at least one key"
         length = (len(held) - 1) * how.page_size + last
-        kept = cache[held].float()  # gathered before it is viewed: PyTorch lets no step view what was made before it
+        kept = cache[held].float()
         both = (kept.transpose(2, 3) if tokens_first else kept).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         k, v = both.repeat_interleave(how.heads // how.kv_heads, 1)
         mine = slice(starts[n], starts[n + 1])
-        out[mine], levels[mine] = _one(how, q[mine].float().transpose(0, 1), k, v, sinks, scale)
-    return (out, levels) if return_lse else out
+        answers, of_keys = _one(how, q[mine].float().transpose(0, 1), k, v, sinks, scale)
+        out[mine], levels[mine] = answers.to(out.dtype), of_keys
 
 
 def _one(how, q, k, v, sinks, scale):

@@ -226,6 +226,27 @@ def test_an_engine_plans_each_step_once_for_each_shape_of_layers_from_what_the_h
     }
 
 
+@pytest.mark.parametrize("row", ["gemma2", "gpt_oss"])
+def test_captured_steps_are_planned_anew_before_each_launch(row, gpu, wide, checkpoint):
+    def answers(attention, captured):
+        model = load_model(checkpoint(row), dtype="float32", device=gpu, attention=attention)
+        engine = Engine(model, Group.single(), MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=captured)
+        assert engine.reserve(PAGES, STEP_TOKENS, SEQUENCES, 0).captured == captured
+        stand_in.CALLS.clear()
+        driver = Driver(engine.step)
+        for index, prompt in enumerate(ASKED):  # one after another: steps of one to four rows, some of them nobody's
+            driver.add(index, prompt, 3 + 2 * index)
+            driver.turn()
+        return driver.run()
+
+    expected = answers("native", ())
+    assert answers("flashinfer", (1, 2, 4)) == expected
+    # What a capture runs is not called again, but what plans it is.
+    plans = [(name, len(args[0]) - 1) for name, method, args, _ in stand_in.CALLS if method == "plan"]
+    assert {rows for name, rows in plans if name == (SINK if row == "gpt_oss" else DECODE)} >= {1, 2, 4}
+    assert not any(method == "run" and len(args[0]) == 2 for _, method, args, _ in stand_in.CALLS)
+
+
 PLAIN = Scores(0.125)
 
 
