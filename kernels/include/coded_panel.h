@@ -29,25 +29,31 @@ constexpr int64_t kSlab = 64 * kRows;
 constexpr int64_t kPad = 8;  // inputs are padded to this (op.py)
 
 enum Form { kNibbles, kInt8, kFloat8 };
-enum Offsets { kNone = -1, kShift = 3 };  // besides the codes of dtypes
+enum { kNone = -1, kBytes = 3 };  // types of scales and offsets besides the codes of dtypes
 
 // A weight and its bias, as grouped.py lays them out.
 struct Weight {
   const uint8_t* panels;
   const void *scales, *offsets;  // [panels][groups][kPanel]
   const float* table;
+  const Float16* units;  // [panels][blocks][that of scales, that of offsets where they are][kPanel]
   const void* bias;
 };
 
 struct Call : Weight {
   void* out;
   const void* x;
-  int64_t outputs, inputs, stride, group, form, scale_dtype, offset_dtype, out_dtype, bias_dtype;
+  int64_t outputs, inputs, stride, group, form, scale_dtype, offset_dtype, block, out_dtype, bias_dtype;
 
   // The code that stands for nothing, where codes are read without a sign.
   int32_t zero() const { return form == kInt8 ? 128 : -int32_t(table[0]); }
   int64_t padded() const { return (inputs + kPad - 1) / kPad * kPad; }
   int64_t groups() const { return (inputs + group - 1) / group; }
+  // Of a panel's units those before group g; none where scales are no counts. A block is a power of two: a division takes longer
+  // than a group's scales.
+  int64_t units_before(int64_t g) const {
+    return block ? (g >> __builtin_ctzll(block)) * (offset_dtype == kNone ? kPanel : 2 * kPanel) : 0;
+  }
   int64_t group_end(int64_t g) const { return (g + 1) * group < padded() ? (g + 1) * group : padded(); }
   int64_t panel_bytes() const { return form == kNibbles ? padded() * kPanel / 2 : padded() * kPanel; }
 };
@@ -58,16 +64,29 @@ inline Floats load_as(const void* from, int64_t dtype, int64_t at) {
   return Floats::load((const Float16*)from + at);
 }
 
-inline Floats load_shift(const void* from, int64_t at) {
-  typedef int8_t Bytes __attribute__((vector_size(Floats::width)));
-  Bytes bytes;
-  memcpy(&bytes, (const int8_t*)from + at, sizeof bytes);
-  return Floats::Raw(__builtin_convertvector(__builtin_convertvector(bytes, Floats::Ints), Floats::Raw));
+inline Floats load_bytes(const void* from, int64_t at) {
+  const int8_t* bytes = (const int8_t*)from + at;
+#if defined(__AVX512F__)
+  return Floats::Raw(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes))));
+#elif defined(__AVX2__)
+  return Floats::Raw(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes))));
+#else
+  Floats::Raw found;
+  for (int i = 0; i < Floats::width; i++) found[i] = bytes[i];
+  return found;
+#endif
 }
 
-inline Floats load_offset(const Call& call, int64_t at) {
-  if (call.offset_dtype != kShift) return load_as(call.offsets, call.offset_dtype, at);
-  return load_as(call.scales, call.scale_dtype, at) * load_shift(call.offsets, at);
+// Of the vector of outputs that begins at one place among scales and offsets, and at another among units.
+inline Floats load_scale(const Call& call, int64_t at, int64_t unit) {
+  if (!call.block) return load_as(call.scales, call.scale_dtype, at);
+  return load_bytes(call.scales, at) * Floats::load(call.units + unit);
+}
+
+inline Floats load_offset(const Call& call, int64_t at, int64_t unit) {
+  if (call.offset_dtype != kBytes) return load_as(call.offsets, call.offset_dtype, at);
+  if (call.block) return load_bytes(call.offsets, at) * Floats::load(call.units + unit + kPanel);
+  return load_as(call.scales, call.scale_dtype, at) * load_bytes(call.offsets, at);
 }
 
 template <int N, class F, int... I>
@@ -99,7 +118,7 @@ void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typ
   // Beside the chains of a group, registers hold only the sums of a short tile.
   constexpr bool kHeld = kWide && R * N <= 8;
   constexpr int64_t ahead = 4096;
-  const int64_t groups = call.groups();
+  const int64_t groups = call.groups(), units = call.units_before(groups), scale_bytes = call.block ? 1 : call.scale_dtype ? 2 : 4;
   for (int part = 0; part < kVectors; part += V) {
     const uint8_t* w = codes + part * vector_bytes<S>();
     const typename S::X* at = x;
@@ -118,6 +137,7 @@ void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typ
     };
     for (int64_t g = first; g < last; g++) {
       const Totals mine = totals.from(g * R);
+      const int64_t unit = call.units_before(g);
       typename S::Sum s[R][N];
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++)
@@ -151,15 +171,16 @@ void tile(const Call& call, const uint8_t* codes, int64_t panel_bytes, const typ
 #pragma GCC unroll 8
       for (int i = 0; i < N; i++) {
         const int64_t column = ((panel + i / V) * groups + g) * kPanel + (part + i % V) * lanes;
-        const Floats scale = load_as(call.scales, call.scale_dtype, column);
-        prefetch((const uint8_t*)call.scales + (column + 8 * kPanel) * (call.scale_dtype ? 2 : 4));
+        const Floats scale = load_scale(call, column, (panel + i / V) * units + unit + (part + i % V) * lanes);
+        prefetch((const uint8_t*)call.scales + (column + 8 * kPanel) * scale_bytes);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) add(r, i, S::rounds ? scale * Floats(mine.steps[r]) : scale, S::counted(s[r][i]));
       }
       if (call.offset_dtype == kNone) continue;
 #pragma GCC unroll 8
       for (int i = 0; i < N; i++) {
-        const Floats offset = load_offset(call, ((panel + i / V) * groups + g) * kPanel + (part + i % V) * lanes);
+        const int64_t column = ((panel + i / V) * groups + g) * kPanel + (part + i % V) * lanes;
+        const Floats offset = load_offset(call, column, (panel + i / V) * units + unit + (part + i % V) * lanes);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) add(r, i, offset, Floats(mine.inputs[r]));
       }

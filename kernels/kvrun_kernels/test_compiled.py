@@ -67,13 +67,15 @@ def calls(ops, dtype: torch.dtype) -> Iterator[tuple[str, object]]:
                 ),
             )
     codes, scales = torch.zeros(4096, 4096, dtype=torch.uint8), torch.ones(4096, 32, dtype=torch.float16)
+    counted = scales.repeat(1, 4).to(torch.int8)
     weights = (
         (ops.pack_quantized(codes, scales, group=128), (1, 512)),
-        (ops.pack_quantized(codes, scales.repeat(1, 4), scales.repeat(1, 4).to(torch.int8), group=32), (1,)),
+        (ops.pack_quantized(codes, scales.repeat(1, 4), counted, group=32), (1,)),
         (ops.pack_quantized(codes.to(torch.int8), scales[:, :1].float()), (1, 512)),
         (ops.pack_quantized(codes.to(torch.float8_e4m3fn), scales[:, :1].float()), (1, 512)),
         (ops.pack_quantized(codes, scales, group=128, table=torch.linspace(-1, 1, 16) ** 3), (512,)),
         (ops.pack_quantized(codes, scales.repeat(1, 16), group=8), (1,)),
+        (ops.pack_quantized(codes, counted, counted, group=32, units=scales), (1, 512)),
     )
     experts = [ops.Grouped([packed] * 4) for packed, _ in weights]
     for grouped in experts:

@@ -11,7 +11,7 @@ from kvrun_kernels.quantized_linear.rows import QuantizedRows
 SCHEMA = "grouped_quantized_linear(Tensor x, Grouped[PackedQuantized] grouped, Tensor offsets, *, bool rounded=False) -> Tensor"
 
 # Its native code is in quantized_linear/cpu.cpp, for which one weight is one group.
-_kernel = Kernel("grouped_quantized_linear", "pppp iiii iiiiiii")
+_kernel = Kernel("grouped_quantized_linear", "pppp iiii iiiiiiii")
 
 
 def reference(x: Tensor, grouped: Grouped[PackedQuantized], offsets: Tensor, *, rounded: bool = False) -> Tensor:

@@ -12,7 +12,14 @@ from kvrun_kernels.quantized_linear.test_quantized_linear import FORMS, make
 from kvrun_kernels.recording import Arena, Recording, can_replay
 
 MIXED = (1, 0, 133, 2, 0, 13)
-WAYS = (*((form, "symmetric") for form in FORMS), ("int4", "shift"), ("int4", "float"), ("nf4", "float"), ("int8", "shift"))
+WAYS = (
+    *((form, "symmetric") for form in FORMS),
+    ("int4", "shift"),
+    ("int4", "float"),
+    ("nf4", "float"),
+    ("int8", "shift"),
+    ("int8", "counts"),
+)
 
 
 def groups(sizes, form="int4", offsets="symmetric", outputs=40, inputs=77, group=40, dtype=torch.float16, bias=None):

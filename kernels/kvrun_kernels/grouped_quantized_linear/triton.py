@@ -11,14 +11,14 @@ from kvrun_kernels.quantized_linear.rows import QuantizedRows
 from kvrun_kernels.quantized_linear.triton import added, described
 from kvrun_kernels.tiles import TYPES, owner, rounded, up_to_power
 
-COLUMNS = 5  # of the table: codes, scales, offsets, table of 16, bias
+COLUMNS = 6  # of the table: codes, scales, offsets, table of 16, units, bias
 
 
 @triton.jit
 def _multiply(
-    out, x, addresses, bounds, groups, outputs, inputs, x_stride, code_stride, group,
-    FORM: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, ADDED: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr,
-    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out, x, addresses, bounds, groups, outputs, inputs, x_stride, code_stride, group, block,
+    FORM: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, ADDED: tl.constexpr, COUNTS: tl.constexpr, BIAS: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     owned, start = owner(bounds, groups, tl.program_id(0), BLOCK_M)
     stop = tl.load(bounds + owned + 1)
@@ -30,12 +30,14 @@ def _multiply(
         scales = tl.load(at + 1).to(tl.pointer_type(SCALE))
         offsets = tl.load(at + 2).to(tl.pointer_type(ADDED))
         table = tl.load(at + 3).to(tl.pointer_type(tl.float32))
+        units = tl.load(at + 4).to(tl.pointer_type(tl.float16))
         total = added(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, row.to(tl.int64) * x_stride, mine, codes, n, held, code_stride, scales, offsets,
-            table, tl.load(table), 0, inputs, inputs, outputs, group, FORM, OFFSET, UNIT, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K,
+            table, units, tl.load(table), 0, inputs, inputs, outputs, group, block,
+            FORM, OFFSET, COUNTS, UNIT, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if BIAS is not None:
-            total += tl.load(tl.load(at + 4).to(tl.pointer_type(BIAS)) + n, held, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(tl.load(at + 5).to(tl.pointer_type(BIAS)) + n, held, other=0.0).to(tl.float32)[None, :]
         target = out + row.to(tl.int64)[:, None] * outputs + n[None, :]
         tl.store(target, rounded(total, out.dtype.element_ty), mine[:, None] & held[None, :])
 
@@ -53,8 +55,8 @@ def grouped_quantized_linear(x: Tensor, grouped: Grouped[QuantizedRows], offsets
     kind = described(first, block_m == 16)
     _multiply[(rows // block_m + len(grouped), triton.cdiv(first.out_features, kind["BLOCK_N"]))](
         out, x, grouped.table, offsets, len(grouped), first.out_features, first.in_features,
-        x.stride(0), first.panels.stride(0), first.group,
-        SCALE=TYPES[first.scales.dtype], ADDED=tl.int8 if first.offsets is None else TYPES.get(first.offsets.dtype, tl.int8),
+        x.stride(0), first.panels.stride(0), first.group, first.block,
+        SCALE=TYPES.get(first.scales.dtype, tl.int8), ADDED=tl.int8 if first.offsets is None else TYPES.get(first.offsets.dtype, tl.int8),
         BIAS=None if bias_dtype is None else TYPES[bias_dtype], COLUMNS=COLUMNS, BLOCK_M=block_m, num_warps=4, num_stages=3, **kind,
     )  # fmt: skip
     return out

@@ -17,10 +17,12 @@ def cases() -> Iterator[Case]:
         codes = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
         nibbles = codes.view(torch.uint8) & 15
         scales = {group: torch.full((outputs, -(-inputs // group)), 0.01).half() for group in (32, 128)}
+        counts, units = torch.full((outputs, inputs // 32), 5, dtype=torch.int8), torch.full((outputs, inputs // 128), 0.002).half()
         forms = {
             "int8": lambda codes=codes, outputs=outputs: ops.pack_quantized(codes, torch.full((outputs, 1), 0.01)),
             "int4 group 32": lambda nibbles=nibbles, scales=scales[32]: ops.pack_quantized(nibbles, scales, group=32),
             "int4 group 128": lambda nibbles=nibbles, scales=scales[128]: ops.pack_quantized(nibbles, scales, group=128),
+            "Q4_K": lambda nibbles=nibbles, counts=counts, units=units: ops.pack_quantized(nibbles, counts, counts, group=32, units=units),
         }
         dense = _copies(lambda codes=codes: ops.pack_linear(codes.bfloat16()))
         for name, make in forms.items():

@@ -182,22 +182,22 @@ void pack(uint8_t* panels, const uint8_t* codes, int64_t outputs, int64_t inputs
 }  // namespace kvrun
 
 KVRUN_OP(quantized_linear)
-(void* out, const void* x, const void* panels, const void* scales, const void* offsets, const void* table, const void* bias,
- int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form, int64_t scale_dtype,
- int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype, int64_t arithmetic) {
+(void* out, const void* x, const void* panels, const void* scales, const void* offsets, const void* table,
+ const void* units, const void* bias, int64_t rows, int64_t outputs, int64_t inputs, int64_t stride, int64_t group, int64_t form,
+ int64_t scale_dtype, int64_t offset_dtype, int64_t block, int64_t x_dtype, int64_t bias_dtype, int64_t arithmetic) {
   using namespace kvrun;
-  const Weight weight{(const uint8_t*)panels, scales, offsets, (const float*)table, bias};
-  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  const Weight weight{(const uint8_t*)panels, scales, offsets, (const float*)table, (const Float16*)units, bias};
+  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, block, x_dtype, bias_dtype};
   const int64_t bounds[] = {0, rows};
   run({shape, &weight, bounds, 1}, arithmetic);
 }
 
 KVRUN_OP(grouped_quantized_linear)
 (void* out, const void* x, const void* weights, const void* bounds, int64_t count, int64_t outputs, int64_t inputs, int64_t stride,
- int64_t group, int64_t form, int64_t scale_dtype, int64_t offset_dtype, int64_t x_dtype, int64_t bias_dtype,
+ int64_t group, int64_t form, int64_t scale_dtype, int64_t offset_dtype, int64_t block, int64_t x_dtype, int64_t bias_dtype,
  int64_t arithmetic) {
   using namespace kvrun;
-  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, x_dtype, bias_dtype};
+  const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, block, x_dtype, bias_dtype};
   run({shape, (const Weight*)weights, (const int64_t*)bounds, count}, arithmetic);
 }
 

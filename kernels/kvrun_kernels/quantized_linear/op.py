@@ -19,10 +19,10 @@ NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 FLOAT8_UNIT = 256.0
 INTEGERS = tuple(float(code) for code in range(-8, 8))
 
-_kernel = Kernel("quantized_linear", "ppppppp iiii iiiiiii")
+_kernel = Kernel("quantized_linear", "pppppppp iiii iiiiiiii")
 _pack = Kernel("pack_quantized", "pp iii", elsewhere="torch")
 _FORMS = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
-_NO_OFFSET, _SHIFT = -1, 3
+_ABSENT, _BYTES = -1, 3
 _FLOAT32, _BFLOAT16, _ROUNDED = range(3)
 
 
@@ -30,10 +30,14 @@ class PackedQuantized:
     """A weight [out_features, in_features] as codes in panels of 32 outputs, with a scale for every `group` inputs.
 
     A weight is `scale * table[code]` for codes of 4 bits and `scale * code` for int8 and float8_e4m3fn. To that adds
-    `scale * shift` where `offsets` is int8 (a zero point), or the offset itself where it is a float.
+    `scale * shift` where `offsets` is int8 (a zero point), or the offset itself where it is a float. Where there are `units`,
+    scales and offsets are int8 and count them: one unit each for `block` groups, a power of two.
     """
 
-    __slots__ = ("codes", "exact_in_bfloat16", "group", "in_features", "integers", "offsets", "out_features", "panels", "scales", "table")
+    __slots__ = (
+        "block", "codes", "exact_in_bfloat16", "group", "in_features", "integers", "offsets", "out_features", "panels", "scales", "table",
+        "units",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,12 +48,16 @@ class PackedQuantized:
         table: Tensor,
         group: int,
         shape: tuple[int, int],
+        units: Tensor | None = None,
+        block: int = 0,
     ):
         self.codes = codes  # uint8 for 4 bits, int8 or float8_e4m3fn
         self.panels = panels  # [panels, inputs / 8, 32, 4] uint8 for 4 bits, else [panels, inputs / 2, 32, 2]
         self.scales = scales  # [panels, groups, 32]
         self.offsets = offsets  # [panels, groups, 32]
         self.table = table  # [16] float32
+        self.units = units  # [panels, blocks * (1 or 2), 32] float16: that of scales, then that of offsets where they are
+        self.block = block  # groups that share a unit; 0 without units
         self.out_features, self.in_features = shape
         self.group = group  # inputs; the last group may be shorter
         # Whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
@@ -66,18 +74,18 @@ class PackedQuantized:
     @property
     def nbytes(self) -> int:
         """Bytes held, scales and padding included."""
-        return self.panels.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+        return sum(part.nbytes for part in (self.panels, self.scales, self.offsets, self.units) if part is not None)
 
     @property
     def form(self) -> tuple[object, ...]:
         """See grouped.Packed."""
         offsets = None if self.offsets is None else self.offsets.dtype
-        return self.codes, self.group, self.scales.dtype, offsets, self.integers, self.exact_in_bfloat16
+        return self.codes, self.group, self.scales.dtype, offsets, self.block, self.integers, self.exact_in_bfloat16
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """See grouped.Packed."""
-        return self.panels, self.scales, self.offsets, self.table
+        return self.panels, self.scales, self.offsets, self.table, self.units
 
     def rows(self, ids: Tensor) -> Tensor:
         """Output rows `ids` of the weight they stand for. -> [ids, in] float32"""
@@ -92,15 +100,16 @@ class PackedQuantized:
             values = held.view(self.codes).float()
             if self.codes == torch.float8_e4m3fn:
                 values = values / FLOAT8_UNIT
-        offsets = None if self.offsets is None else self.offsets[panel, :, row]
-        return self.scaled(values, self.scales[panel, :, row], offsets)
+        return self.scaled(values, *(None if part is None else part[panel, :, row] for part in (self.scales, self.offsets, self.units)))
 
     def dense(self) -> Tensor:
         """The whole weight they stand for. -> [out_features, in_features] float32"""
         return self.rows(torch.arange(self.out_features))
 
-    def scaled(self, values: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
-        """What codes of these values stand for, with their rows' scales and offsets [ids, groups]."""
+    def scaled(self, values: Tensor, scales: Tensor, offsets: Tensor | None, units: Tensor | None) -> Tensor:
+        """What codes of these values stand for, with their rows' scales and offsets [ids, groups] and units [ids, blocks * (1 or 2)]."""
+        if units is not None:
+            scales, offsets = counted(scales, offsets, units, self.block)
         values, weight = values[:, : self.in_features], self._spread(scales.float())
         if offsets is None:
             return values * weight
@@ -112,13 +121,26 @@ class PackedQuantized:
         return per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
 
 
+def counted(scales: Tensor, offsets: Tensor | None, units: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+    """What bytes [rows, groups] amount to that count units [rows, blocks * (1 or 2)]: scales and offsets, float32, exactly."""
+    sides = units.float().unflatten(1, (-1, 1 if offsets is None else 2)).repeat_interleave(block, dim=1)
+    return scales.float() * sides[..., 0], None if offsets is None else offsets.float() * sides[..., 1]
+
+
 def pack_quantized(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None = None, *, group: int | None = None, table: Tensor | None = None
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    group: int | None = None,
+    table: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> PackedQuantized:
     """Lay out codes for `quantized_linear`; see PackedQuantized for what they stand for.
 
     codes [out, in], uint8 (0 to 15), int8 or float8_e4m3fn · scales and offsets [out, groups], one for each `group` inputs or
-    for the whole row · table [16], the integers from -8 when absent. ValueError when a group is not a multiple of 8 inputs.
+    for the whole row · table [16], the integers from -8 when absent · units [out, blocks * (1 or 2)] float16, all blocks being of as
+    many groups, a power of two. ValueError when a group is not a multiple of 8 inputs.
     """
     out_features, in_features = codes.shape
     if codes.dtype not in _FORMS:
@@ -129,21 +151,34 @@ def pack_quantized(
         raise ValueError(f"scales of shape {[out_features, groups]} asked, found {list(scales.shape)}; one for each {group} inputs")
     if codes.dtype == torch.float8_e4m3fn and offsets is not None:
         raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
+    block = 0 if units is None else _block(scales, offsets, units)
     held = _chain(group)
     given = torch.tensor(INTEGERS) if table is None else table.float().contiguous()
     if on_gpu(codes) or not codes.is_cpu:
         # Only there: what a GPU reads needs neither panels nor short groups.
         from kvrun_kernels.quantized_linear.rows import pack_rows
 
-        return pack_rows(codes, scales, offsets, given, group)
+        return pack_rows(codes, scales, offsets, given, group, units, block)
     if codes.dtype == torch.float8_e4m3fn:
         scales = scales.float() * FLOAT8_UNIT
     if held != group:
+        if units is not None:
+            (scales, offsets), units, block = counted(scales, offsets, units, block), None, 0
         index = torch.arange(0, in_features, held) // group
         scales, offsets = scales[:, index], None if offsets is None else offsets[:, index]
     panels = _panels(codes, codes.dtype == torch.uint8)
-    offsets = None if offsets is None else _columns(offsets)
-    return PackedQuantized(codes.dtype, panels, _columns(scales), offsets, given, held, (out_features, in_features))
+    offsets, units = (None if part is None else _columns(part) for part in (offsets, units))
+    return PackedQuantized(codes.dtype, panels, _columns(scales), offsets, given, held, (out_features, in_features), units, block)
+
+
+def _block(scales: Tensor, offsets: Tensor | None, units: Tensor) -> int:
+    """How many groups share a unit. ValueError says what does not fit."""
+    groups, blocks = scales.shape[1], units.shape[1] // (1 if offsets is None else 2)
+    counts = scales.dtype == torch.int8 and (offsets is None or offsets.dtype == torch.int8)
+    if not counts or units.dtype != torch.float16 or not blocks or groups % blocks or (groups // blocks).bit_count() > 1:
+        found = f"{scales.dtype} {list(scales.shape)} and {units.dtype} {list(units.shape)}"
+        raise ValueError(f"int8 counts of float16 units asked, each for 1, 2, 4, 8 or so groups, found {found}; multiply them first")
+    return groups // blocks
 
 
 def _chain(group: int) -> int:
@@ -211,7 +246,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
     _kernel.run(
         out.data_ptr(), x.data_ptr(), packed.panels.data_ptr(), packed.scales.data_ptr(),
-        None if packed.offsets is None else packed.offsets.data_ptr(), packed.table.data_ptr(), None if bias is None else bias.data_ptr(),
+        None if packed.offsets is None else packed.offsets.data_ptr(), packed.table.data_ptr(),
+        None if packed.units is None else packed.units.data_ptr(), None if bias is None else bias.data_ptr(),
         x.shape[0], packed.out_features, packed.in_features, x.stride(0),
         *described(x, packed, None if bias is None else bias.dtype, rounded),
     )  # fmt: skip
@@ -221,7 +257,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
 def described(x: Tensor, packed: PackedQuantized, bias: torch.dtype | None, rounded: bool) -> tuple[int, ...]:
     """The last arguments of native code: what the numbers that it reads are, and in which arithmetic it multiplies them."""
     offsets = packed.offsets
-    offset = _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
+    scale = _BYTES if packed.block else DTYPES[packed.scales.dtype]
+    offset = _ABSENT if offsets is None else _BYTES if offsets.dtype == torch.int8 else DTYPES[offsets.dtype]
     arithmetic = _ROUNDED if rounded and packed.integers else _BFLOAT16 if packed.exact_in_bfloat16 else _FLOAT32
-    types = (_FORMS[packed.codes], DTYPES[packed.scales.dtype], offset, DTYPES[x.dtype], 0 if bias is None else DTYPES[bias])
+    types = (_FORMS[packed.codes], scale, offset, packed.block, DTYPES[x.dtype], 0 if bias is None else DTYPES[bias])
     return packed.group, *types, arithmetic

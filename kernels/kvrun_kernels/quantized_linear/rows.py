@@ -13,15 +13,24 @@ class QuantizedRows(PackedQuantized):
     """A weight [out_features, in_features] as rows of codes; what they stand for, PackedQuantized says.
 
     panels [out, bytes] uint8, ends filled with zeros: of 4 bits, input 2j lies in the lower half of byte j and 2j + 1 in the
-    upper · scales and offsets [groups, out]
+    upper · scales and offsets [groups, out] · units [blocks * (1 or 2), out]
     """
 
     __slots__ = ("first",)
 
     def __init__(
-        self, codes: torch.dtype, panels: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor, group: int, shape: tuple[int, int]
+        self,
+        codes: torch.dtype,
+        panels: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None,
+        table: Tensor,
+        group: int,
+        shape: tuple[int, int],
+        units: Tensor | None = None,
+        block: int = 0,
     ):
-        super().__init__(codes, panels, scales, offsets, table, group, shape)
+        super().__init__(codes, panels, scales, offsets, table, group, shape, units, block)
         self.first = float(table[0])  # what code 0 stands for, where codes are counted
 
     @property
@@ -38,10 +47,12 @@ class QuantizedRows(PackedQuantized):
             values = self.table[torch.stack((held & 15, held >> 4), dim=-1).flatten(1).int()]
         else:
             values = held.view(self.codes).float()
-        return self.scaled(values, self.scales[:, ids].T, None if self.offsets is None else self.offsets[:, ids].T)
+        return self.scaled(values, *(None if part is None else part[:, ids].T for part in (self.scales, self.offsets, self.units)))
 
 
-def pack_rows(codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor, group: int) -> QuantizedRows:
+def pack_rows(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor, group: int, units: Tensor | None = None, block: int = 0
+) -> QuantizedRows:
     """Lay out codes [out, in] with scales and offsets [out, groups]; arguments are as `pack_quantized` has checked them."""
     out_features, in_features = codes.shape
     held = codes.view(torch.uint8)
@@ -49,5 +60,6 @@ def pack_rows(codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tens
         held = torch.nn.functional.pad(held, (0, in_features % 2))
         held = held[:, 0::2] | held[:, 1::2] << 4
     held = torch.nn.functional.pad(held, (0, -held.shape[1] % ALIGNED)).contiguous()
-    offsets = None if offsets is None else offsets.T.contiguous()
-    return QuantizedRows(codes.dtype, held, scales.T.contiguous(), offsets, table.to(codes.device), group, (out_features, in_features))
+    offsets, units = (None if part is None else part.T.contiguous() for part in (offsets, units))
+    shape = out_features, in_features
+    return QuantizedRows(codes.dtype, held, scales.T.contiguous(), offsets, table.to(codes.device), group, shape, units, block)

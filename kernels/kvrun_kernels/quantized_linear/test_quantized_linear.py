@@ -6,7 +6,7 @@ import torch
 import kvrun_kernels
 from kvrun_kernels import ops
 from kvrun_kernels.ops import PackedQuantized
-from kvrun_kernels.quantized_linear.op import in_8_bits
+from kvrun_kernels.quantized_linear.op import counted, in_8_bits
 
 SHAPES = ((1, 8, 8), (33, 77, 40), (515, 1031, 64), (40, 1700, None))
 NF4 = torch.sort(torch.randn(16)).values
@@ -38,15 +38,35 @@ OFFSETS = {
 }
 
 
+def counts(outputs: int, groups: int, block: int, size: float = 1.0, offsets: bool = True) -> dict:
+    """Scales of about 1 / size, and offsets, as integers that count units, one for `block` groups."""
+    units = (0.5 + torch.rand(outputs, groups // block * (2 if offsets else 1))) / (32 * size)
+    scales = torch.randint(-64, 64, (outputs, groups), dtype=torch.int8)
+    return {"scales": scales, "offsets": -scales.roll(1, 0) if offsets else None, "units": units.half()}
+
+
 def make(form: str, outputs: int, inputs: int, group: int | None, offsets: str = "symmetric", dtype=torch.float32) -> PackedQuantized:
     arguments = FORMS[form](outputs, inputs)
     size = arguments.get("table", arguments["codes"]).float().square().mean().sqrt() * inputs**0.5
-    scales = ((0.5 + torch.rand(outputs, 1 if group is None else -(-inputs // group))) / size).to(dtype)
+    groups = 1 if group is None else -(-inputs // group)
+    if offsets == "counts":
+        return ops.pack_quantized(**arguments, group=group, **counts(outputs, groups, 1, size))
+    scales = ((0.5 + torch.rand(outputs, groups)) / size).to(dtype)
     return ops.pack_quantized(**arguments, scales=scales, offsets=OFFSETS[offsets](scales), group=group)
 
 
 @pytest.mark.parametrize("outputs,inputs,group", SHAPES)
-@pytest.mark.parametrize("form,offsets", (*((form, "symmetric") for form in FORMS), ("int4", "shift"), ("nf4", "float"), ("int8", "float")))
+@pytest.mark.parametrize(
+    "form,offsets",
+    (
+        *((form, "symmetric") for form in FORMS),
+        ("int4", "shift"),
+        ("nf4", "float"),
+        ("int8", "float"),
+        ("int4", "counts"),
+        ("int8", "counts"),
+    ),
+)
 def test_every_form_shape_and_dtype(level, dtype, form, outputs, inputs, group, offsets, close):
     packed = make(form, outputs, inputs, group, offsets, dtype)
     bias = torch.randn(outputs).to(dtype)
@@ -142,6 +162,24 @@ def test_a_long_group_repeats_its_scale():
     assert torch.equal(packed.dense(), codes * scales[:, torch.arange(3000) // 1536])
 
 
+@pytest.mark.parametrize("offsets", (False, True))
+@pytest.mark.parametrize("inputs,group,block", ((512, 32, 8), (512, 16, 16), (96, 16, 2), (3072, 1536, 2)))
+@pytest.mark.parametrize("form", ("int4", "int8"))
+def test_counts_of_units_have_the_bits_of_their_products(level, dtype, form, inputs, group, block, offsets):
+    codes, held = FORMS[form](70, inputs)["codes"], counts(70, inputs // group, block, offsets=offsets)
+    scales, added = counted(**held, block=block)
+    spread = held["units"].float().unflatten(1, (-1, 2 if offsets else 1)).repeat_interleave(block, 1)
+    assert torch.equal(scales, held["scales"] * spread[..., 0]) and (not offsets or torch.equal(added, held["offsets"] * spread[..., 1]))
+    short = ops.pack_quantized(codes, **held, group=group)
+    long = ops.pack_quantized(codes, scales, added, group=group)
+    assert torch.equal(short.dense(), long.dense()) and torch.equal(short.rows(torch.tensor([69, 0])), long.rows(torch.tensor([69, 0])))
+    assert short.nbytes < long.nbytes or group > 512
+    for rows in (1, 3, 8, 40):
+        x = torch.randn(rows, inputs).to(dtype)
+        for rounded in (False, True):
+            assert torch.equal(ops.quantized_linear(x, short, rounded=rounded), ops.quantized_linear(x, long, rounded=rounded))
+
+
 def test_what_does_not_fit_is_refused():
     packed = make("int4", 8, 16, 8)
     assert ops.quantized_linear(torch.empty(0, 16), packed).shape == (0, 8)
@@ -153,5 +191,9 @@ def test_what_does_not_fit_is_refused():
         ops.pack_quantized(**int4(8, 24), scales=torch.ones(8, 2), group=8)
     with pytest.raises(ValueError, match="come without offsets"):
         ops.pack_quantized(**float8(8, 24), scales=torch.ones(8, 1), offsets=torch.ones(8, 1))
+    with pytest.raises(ValueError, match=r"int8 counts of float16 units asked, each for 1, 2, 4, 8 or so groups, found torch\.int8"):
+        ops.pack_quantized(**int4(8, 24), **counts(8, 3, 3), group=8)
+    with pytest.raises(ValueError, match="int8 counts of float16 units asked"):
+        ops.pack_quantized(**int4(8, 24), **{**counts(8, 3, 3), "units": torch.ones(8, 4).half()}, group=8)
     with pytest.raises(ValueError, match=r"found torch\.int32"):
         ops.pack_quantized(torch.zeros(8, 8, dtype=torch.int32), torch.ones(8, 1))

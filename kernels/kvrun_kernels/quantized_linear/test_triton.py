@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kvrun_kernels import ops
-from kvrun_kernels.quantized_linear.op import in_8_bits
+from kvrun_kernels.quantized_linear.op import counted, in_8_bits
 from kvrun_kernels.quantized_linear.scaled import CAPABILITIES, in_float8, serves
+from kvrun_kernels.quantized_linear.test_quantized_linear import counts
 
 NF4 = torch.linspace(-1, 1, 16) ** 3
 FORMS = ("int4", "nf4", "int8", "float8")
@@ -52,6 +53,19 @@ def test_offsets_of_groups(device, dtype, form, offsets, group, close):
     packed, dense = make(form, 40, 100, group, offsets)
     x = torch.randn(3, 100).to(dtype)
     close(ops.quantized_linear(x, packed), expected(x, dense), factor=2)
+
+
+@pytest.mark.parametrize("offsets", (False, True))
+@pytest.mark.parametrize("form,inputs,group,block", (("int4", 512, 32, 8), ("int8", 512, 16, 16), ("int4", 96, 24, 4)))
+def test_counts_of_units_have_the_bits_of_their_products(device, dtype, form, inputs, group, block, offsets):
+    codes = torch.randint(0, 16, (70, inputs), dtype=torch.uint8)
+    codes, held = codes if form == "int4" else codes.view(torch.int8), counts(70, inputs // group, block, offsets=offsets)
+    short = ops.pack_quantized(codes, **held, group=group)
+    long = ops.pack_quantized(codes, *counted(**held, block=block), group=group)
+    assert torch.equal(short.dense(), long.dense())
+    for rows in (3, 40):
+        x = torch.randn(rows, inputs).to(dtype)
+        assert torch.equal(ops.quantized_linear(x, short), ops.quantized_linear(x, long))
 
 
 @pytest.mark.parametrize("rows", (16, 17, 64, 133))

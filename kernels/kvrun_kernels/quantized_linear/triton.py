@@ -42,12 +42,13 @@ def _values(codes, row_start, held_rows, at, inputs, table, first, FORM: tl.cons
 
 @triton.jit
 def added(
-    total, x, x_start, mine, codes, n, held, code_stride, scales, offsets, table, first, first_input, last_input, inputs, outputs, group,
-    FORM: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    total, x, x_start, mine, codes, n, held, code_stride, scales, offsets, table, units, first, first_input, last_input, inputs, outputs,
+    group, block, FORM: tl.constexpr, OFFSET: tl.constexpr, COUNTS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """total + the products of a tile's rows, which begin at x_start, with outputs n over inputs from the first to the last."""
     row_start = n.to(tl.int64) * code_stride
+    SIDES: tl.constexpr = 2 if OFFSET else 1
     for at in range(first_input, last_input, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         inner = tl.load(x + x_start[:, None] + k[None, :], mine[:, None] & (k < inputs)[None, :], other=0.0)
@@ -55,18 +56,28 @@ def added(
         if WHOLE:
             # The tile lies in one group: its sum is scaled, and an offset adds the inputs' own sum.
             of_group = (at // group) * outputs + n
-            scale = tl.load(scales + of_group, held, other=0.0).to(tl.float32) * UNIT
+            scale = tl.load(scales + of_group, held, other=0).to(tl.float32) * UNIT
+            of_unit = at // group // block * SIDES * outputs + n if COUNTS else of_group
+            if COUNTS:
+                scale *= tl.load(units + of_unit, held, other=0.0).to(tl.float32)
             sums = product(inner, tl.trans(rounded(weight, inner.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
             total += sums * scale[None, :]
             if OFFSET:
                 offset = tl.load(offsets + of_group, held, other=0).to(tl.float32)
+                if COUNTS:
+                    offset *= tl.load(units + of_unit + outputs, held, other=0.0).to(tl.float32)
                 total += tl.sum(inner.to(tl.float32), 1)[:, None] * (offset * scale if OFFSET == 1 else offset)[None, :]
         else:
             of_group = (k // group)[None, :] * outputs + n[:, None]
             both = held[:, None] & (k < inputs)[None, :]
-            scale = tl.load(scales + of_group, both, other=0.0).to(tl.float32) * UNIT
+            scale = tl.load(scales + of_group, both, other=0).to(tl.float32) * UNIT
+            of_unit = (k // group // block)[None, :] * SIDES * outputs + n[:, None] if COUNTS else of_group
+            if COUNTS:
+                scale *= tl.load(units + of_unit, both, other=0.0).to(tl.float32)
             if OFFSET:
                 offset = tl.load(offsets + of_group, both, other=0).to(tl.float32)
+                if COUNTS:
+                    offset *= tl.load(units + of_unit + outputs, both, other=0.0).to(tl.float32)
                 weight = (weight + offset) * scale if OFFSET == 1 else weight * scale + offset
             else:
                 weight = weight * scale
@@ -76,8 +87,8 @@ def added(
 
 @triton.jit
 def _multiply(
-    out, x, codes, scales, offsets, table, bias, rows, outputs, inputs, x_stride, code_stride, group, cut, first,
-    FORM: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    out, x, codes, scales, offsets, table, units, bias, rows, outputs, inputs, x_stride, code_stride, group, block, cut, first,
+    FORM: tl.constexpr, OFFSET: tl.constexpr, COUNTS: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,8 +97,8 @@ def _multiply(
     mine, held = m < rows, n < outputs
     total = added(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, m.to(tl.int64) * x_stride, mine, codes, n, held, code_stride,
-        scales, offsets, table, first, part * cut, min(part * cut + cut, inputs), inputs, outputs, group,
-        FORM, OFFSET, UNIT, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K,
+        scales, offsets, table, units, first, part * cut, min(part * cut + cut, inputs), inputs, outputs, group, block,
+        FORM, OFFSET, COUNTS, UNIT, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIAS:
         total += tl.load(bias + n, held, other=0.0).to(tl.float32)[None, :]
@@ -143,7 +154,8 @@ def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
     block_k = min(block_k, group & -group) if whole and group < packed.in_features else block_k
     return {
         "FORM": _COUNTED if counted else _FORMS.get(packed.codes, _TABLE),
-        "OFFSET": _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 else _ADDED,
+        "OFFSET": _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 and not packed.block else _ADDED,
+        "COUNTS": packed.block > 0,
         "UNIT": FLOAT8_UNIT if packed.codes == torch.float8_e4m3fn else 1.0,
         "WHOLE": whole,
         "BLOCK_N": block_n,
@@ -173,8 +185,9 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
     absent = packed.scales  # a pointer that is not followed
     offsets = packed.offsets
     _multiply[tiles[0], tiles[1], parts](
-        target, x, packed.panels, packed.scales, absent if offsets is None else offsets, packed.table, absent if bias is None else bias,
-        rows, outputs, inputs, x.stride(0), packed.panels.stride(0), group, cut, packed.first,
+        target, x, packed.panels, packed.scales, absent if offsets is None else offsets, packed.table,
+        absent if packed.units is None else packed.units, absent if bias is None else bias,
+        rows, outputs, inputs, x.stride(0), packed.panels.stride(0), group, packed.block, cut, packed.first,
         BIAS=bias is not None and parts == 1, BLOCK_M=block_m, num_warps=8 if block_m == 128 else 4, num_stages=4 if few else 3, **kind,
     )  # fmt: skip
     if parts > 1:

@@ -12,20 +12,20 @@ from kvrun.gguf.names import places
 
 METHOD = "gguf"  # as `--quantize` calls it
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Bits that a number takes in memory, where codes have 4 or 8 and scales as many as hold them exactly.
+# Bits that a number takes in memory, where codes have 4 or 8, and scales and offsets 16, or 8 beside what blocks share.
 HELD_BITS = {
     "Q4_0": 4.5,
     "Q4_1": 5.0,
     "Q5_0": 8.5,
     "Q5_1": 9.0,
     "Q8_0": 8.5,
-    "Q2_K": 8.0,
-    "Q3_K": 6.0,
-    "Q4_K": 6.0,
-    "Q5_K": 10.0,
-    "Q6_K": 10.0,
+    "Q2_K": 5.125,
+    "Q3_K": 4.5625,
+    "Q4_K": 4.625,
+    "Q5_K": 8.625,
+    "Q6_K": 8.5625,
     "IQ4_NL": 4.5,
-    "IQ4_XS": 5.0,
+    "IQ4_XS": 4.3125,
 }
 # Tokens that end a turn wherever a vocabulary has them, whatever the file says of its end token.
 ENDS_OF_TURN = (

@@ -20,7 +20,7 @@ class CodedLinear:
 
     def __init__(self, codes: Codes, in_features: int, rounded: torch.dtype | None = None) -> None:
         """The codes are not kept beside their packed form. `rounded`: inputs become such numbers where the kernel takes them."""
-        self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table)
+        self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table, units=codes.units)
         self._rounded = rounded is not None and self.packed.narrow == rounded
         self._order, self._in_features = codes.order, in_features
 
@@ -119,9 +119,11 @@ def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype,
 def _alike(a: Codes, b: Codes) -> bool:
     """Whether two weights that share inputs can lie in one."""
     same = a.values.dtype == b.values.dtype and a.scales.dtype == b.scales.dtype and a.group == b.group
-    pairs = ((a.offsets, b.offsets), (a.table, b.table), (a.order, b.order))
+    pairs = ((a.offsets, b.offsets), (a.units, b.units), (a.table, b.table), (a.order, b.order))
     if not same or any((x is None) != (y is None) for x, y in pairs):
         return False
     if a.offsets is not None and b.offsets is not None and a.offsets.dtype != b.offsets.dtype:
         return False
-    return all(x is None or y is None or torch.equal(x, y) for x, y in pairs[1:])
+    if a.units is not None and b.units is not None and a.units.shape[1] != b.units.shape[1]:
+        return False
+    return all(x is None or y is None or torch.equal(x, y) for x, y in pairs[2:])

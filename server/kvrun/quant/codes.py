@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ class Codes:
     group: int | None = None  # inputs; None = the whole row
     table: Tensor | None = None  # [16] that codes of 4 bits name; None = the integers from -8
     order: Tensor | None = None  # [in] int64
+    units: Tensor | None = None  # [out, blocks * (1 or 2)] float16 that int8 scales, and offsets, count
 
 
 def joined(parts: Sequence[Codes]) -> Codes:
@@ -32,9 +34,16 @@ def joined(parts: Sequence[Codes]) -> Codes:
     if not others:
         return first
     offsets = [part.offsets for part in parts if part.offsets is not None]
+    units = [part.units for part in parts if part.units is not None]
     # Floats of 8 bits do not concatenate.
     values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
-    return replace(first, values=values, scales=torch.cat([part.scales for part in parts]), offsets=torch.cat(offsets) if offsets else None)
+    return replace(
+        first,
+        values=values,
+        scales=torch.cat([part.scales for part in parts]),
+        offsets=torch.cat(offsets) if offsets else None,
+        units=torch.cat(units) if units else None,
+    )
 
 
 def grouped(codes: Codes, groups: Tensor) -> Codes:
@@ -44,20 +53,32 @@ def grouped(codes: Codes, groups: Tensor) -> Codes:
     groups of which this rank holds only some inputs are filled up.
     """
     ids, members, counts = torch.unique(groups, return_inverse=True, return_counts=True)
-    scales, offsets = codes.scales[:, ids], None if codes.offsets is None else codes.offsets[:, ids]
+    offsets = None if codes.offsets is None else codes.offsets[:, ids]
+    codes = replace(codes, scales=codes.scales[:, ids], offsets=offsets, units=_units(codes, ids))
     longest = int(counts.max())
     if len(ids) == 1:
-        return replace(codes, scales=scales, offsets=offsets, group=None)
+        return replace(codes, group=None)
     even = bool((counts[:-1] == longest).all()) and longest % WORD == 0
     if even and bool((members[1:] >= members[:-1]).all()):
-        return replace(codes, scales=scales, offsets=offsets, group=longest)
+        return replace(codes, group=longest)
     longest = -(-longest // WORD) * WORD
     order = torch.full((len(ids), longest), -1)
     taken = torch.argsort(members, stable=True)
     places = torch.arange(len(taken)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     order[members[taken], places] = taken
     order = order.flatten()
-    return replace(codes, values=arranged(codes.values, order), scales=scales, offsets=offsets, group=longest, order=order)
+    return replace(codes, values=arranged(codes.values, order), group=longest, order=order)
+
+
+def _units(codes: Codes, ids: Tensor) -> Tensor | None:
+    """The units that groups `ids` count: each for as many groups as before, or for the part of them into which these still fit."""
+    if codes.units is None:
+        return None
+    units = codes.units.unflatten(1, (-1, 1 if codes.offsets is None else 2))
+    block, first = codes.scales.shape[1] // units.shape[1], int(ids[0])
+    adjacent = int(ids[-1]) - first == len(ids) - 1
+    part = math.gcd(block, first, len(ids)) if adjacent else 1
+    return units.repeat_interleave(block // part, dim=1)[:, ids[::part] // part].flatten(1)
 
 
 def arranged(columns: Tensor, order: Tensor) -> Tensor:

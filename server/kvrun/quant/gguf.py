@@ -1,7 +1,7 @@
 """GGUF: blocks of inputs with scales of their own, in a layout for each type (ggml's block types).
 
-What a type stands for is exact in a scale, and an offset where it has one, for each group of inputs: products of a half and an
-integer of 8 bits fit a float32.
+What a type stands for is exact in a scale, and an offset where it has one, for each group of inputs: a half, or an integer of 8 bits
+that counts a half which the groups of a block share.
 """
 
 from __future__ import annotations
@@ -91,23 +91,28 @@ def _codes(kind: str, blocks: Tensor) -> Codes:
     """What blocks [out, blocks, bytes] hold."""
     parts = DECODERS[kind](blocks)
     offsets = None if parts.offsets is None else parts.offsets.flatten(1)
+    units = None if parts.units is None else parts.units.flatten(1)
     group = parts.values[0].numel() // parts.scales[0].numel()
-    return Codes(parts.values.flatten(1), parts.scales.flatten(1), offsets, group, parts.table)
+    return Codes(parts.values.flatten(1), parts.scales.flatten(1), offsets, group, parts.table, units=units)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What blocks [out, blocks, bytes] hold: values [out, blocks, inputs], scales and offsets [out, blocks, groups]."""
+    """What blocks [out, blocks, bytes] hold: values [out, blocks, inputs], scales and offsets [out, blocks, groups].
+
+    Where there are units [out, blocks, 1 or 2], scales and offsets count them.
+    """
 
     values: Tensor
     scales: Tensor
     offsets: Tensor | None = None
     table: Tensor | None = None
+    units: Tensor | None = None
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The float16 at a byte of each block. -> [out, blocks, 1]"""
-    return blocks[..., at : at + 2].contiguous().view(torch.float16)
+def _half(blocks: Tensor, at: int, count: int = 1) -> Tensor:
+    """The float16 at a byte of each block, and those after it. -> [out, blocks, count]"""
+    return blocks[..., at : at + 2 * count].contiguous().view(torch.float16)
 
 
 def _fields(packed: Tensor, bits: int, run: int) -> Tensor:
@@ -144,38 +149,37 @@ def _q8_0(blocks: Tensor) -> Parts:
 
 
 def _q2_k(blocks: Tensor) -> Parts:
-    both = blocks[..., :16]
-    offsets = -(_half(blocks, 82).float() * (both >> 4))
-    return Parts(_fields(blocks[..., 16:80], 2, 32), _half(blocks, 80).float() * (both & 15), offsets, COUNTED)
+    both = blocks[..., :16].view(torch.int8)
+    return Parts(_fields(blocks[..., 16:80], 2, 32), both & 15, -(both >> 4 & 15), COUNTED, _half(blocks, 80, 2))
 
 
 def _q3_k(blocks: Tensor) -> Parts:
     high, packed = _fields(blocks[..., :32], 1, 32), blocks[..., 96:108]
     scales = _fields(packed[..., :8], 4, 8) | _fields(packed[..., 8:], 2, 4) << 4
-    return Parts(_fields(blocks[..., 32:96], 2, 32) | high << 2, _half(blocks, 108).float() * (scales.float() - 32), None, COUNTED - 4)
+    return Parts(_fields(blocks[..., 32:96], 2, 32) | high << 2, scales.to(torch.int8) - 32, None, COUNTED - 4, _half(blocks, 108))
 
 
 def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight of each, of 6 bits, in 12 bytes after their two common factors."""
+    """Eight of each, of 6 bits, in 12 bytes after their two units."""
     first, second, rest = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     scales = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
     offsets = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1)
-    return _half(blocks, 0).float() * scales, -(_half(blocks, 2).float() * offsets)
+    return scales.to(torch.int8), -offsets.to(torch.int8)
 
 
 def _q4_k(blocks: Tensor) -> Parts:
-    return Parts(_fields(blocks[..., 16:], 4, 32), *_scales_and_offsets(blocks), COUNTED)
+    return Parts(_fields(blocks[..., 16:], 4, 32), *_scales_and_offsets(blocks), COUNTED, _half(blocks, 0, 2))
 
 
 def _q5_k(blocks: Tensor) -> Parts:
     fields = _fields(blocks[..., 48:], 4, 32) | _fields(blocks[..., 16:48], 1, 32) << 4
-    return Parts(fields.to(torch.int8), *_scales_and_offsets(blocks))
+    return Parts(fields.to(torch.int8), *_scales_and_offsets(blocks), None, _half(blocks, 0, 2))
 
 
 def _q6_k(blocks: Tensor) -> Parts:
     low, high = _fields(blocks[..., :128], 4, 64), _fields(blocks[..., 128:192], 2, 32)
     scales = blocks[..., 192:208].contiguous().view(torch.int8)
-    return Parts((low | high << 4).to(torch.int8) - 32, _half(blocks, 208).float() * scales)
+    return Parts((low | high << 4).to(torch.int8) - 32, scales, units=_half(blocks, 208))
 
 
 def _iq4_nl(blocks: Tensor) -> Parts:
@@ -184,7 +188,7 @@ def _iq4_nl(blocks: Tensor) -> Parts:
 
 def _iq4_xs(blocks: Tensor) -> Parts:
     scales = _fields(blocks[..., 4:8], 4, 1) | _fields(blocks[..., 2:4], 2, 1) << 4
-    return Parts(_fields(blocks[..., 8:], 4, 16), _half(blocks, 0).float() * (scales.float() - 32), None, IQ4)
+    return Parts(_fields(blocks[..., 8:], 4, 16), scales.to(torch.int8) - 32, None, IQ4, _half(blocks, 0))
 
 
 DECODERS: dict[str, Callable[[Tensor], Parts]] = {
