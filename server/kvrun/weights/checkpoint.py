@@ -89,10 +89,10 @@ class Checkpoint:
     def _stored(self, name: str) -> Any:
         """What copies a part of a tensor by its ranges, one slice for each dimension."""
         from kvrun.weights.load import torch_dtype
-        from kvrun.weights.reading import Stored
+        from kvrun.weights.reading import FileTensor
 
         entry = self.entries[name]
-        return Stored(self._open(entry.file), entry.begin, entry.shape, torch_dtype(entry.dtype))
+        return FileTensor(self._open(entry.file), entry.begin, entry.shape, torch_dtype(entry.dtype))
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:

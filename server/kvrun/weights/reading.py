@@ -54,7 +54,7 @@ def fill(descriptor: int, start: int, into: memoryview) -> None:
         at += count
 
 
-class Stored:
+class FileTensor:
     """A tensor in a file, from whose parts other tensors are filled."""
 
     def __init__(self, file: FileIO, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
