@@ -21,6 +21,7 @@ ATTENTION = "attention by FlashInfer equals the reference"
 STAGES = {
     "kernels equal their references": ("-m", "pytest", "-m", "gpu", "kernels"),
     "models, sampling and adapters equal transformers and the CPU": ("-m", "pytest", "-m", "gpu", "server/tests/test_device.py"),
+    "captured steps answer as those that are not": ("-m", "pytest", "-m", "gpu", "server/tests/test_captured.py"),
     ATTENTION: ("-m", "pytest", "-m", "gpu", "server/tests/test_flashinfer.py"),
     "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda"),
 }

@@ -10,13 +10,16 @@ import torch
 from driver import Driver, Ranks
 from elsewhere import gpus, need, settle
 from graphs import GRAPHS, NotCapturable, Stale
+from kvrun.config import ServeConfig
 from kvrun.device import Cuda
 from kvrun.engine.sampling import Sampling
+from kvrun.errors import ConfigError
 from kvrun.lora import fixed
 from kvrun.lora.fixed import FixedAdapters
 from kvrun.nn.build import load_model
 from kvrun.nn.captured import CapturedSteps
 from kvrun_kernels.capture import Captures, obstacle
+from test_device import Wire
 
 SIZES = (1, 2, 4)
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 7, 13, 5)]
@@ -49,6 +52,24 @@ def on_gpu(request, checkpoint):
 
 
 @pytest.fixture
+def two_ranks(checkpoint, tmp_path):
+    """Engines of two ranks, each on a GPU that is not there, with steps of four rows captured."""
+    need("stand-in")
+    threads = local()
+
+    def load(folder, *, group, **more):
+        if not hasattr(threads, "device"):
+            threads.device = settle()
+        group._device = group._host and Wire(group._host)
+        return load_model(folder, device=Cuda(group.rank), group=group, **more)
+
+    with gpus(2):
+        ranks = Ranks(checkpoint("llama"), 2, tmp_path / "rendezvous", load_model=load, captured=(4,))
+        ranks.reserve()
+        yield ranks
+
+
+@pytest.fixture
 def served(monkeypatch) -> list[tuple[int, bool, bool]]:
     """Of every step: its rows, whether one has an adapter, and whether a capture served it."""
     steps, layers = [], CapturedSteps.layers
@@ -73,6 +94,18 @@ def answers(ranks, handles=(0,), sampling=None) -> dict:
     return found
 
 
+@pytest.mark.parametrize(("flag", "sizes"), [("1,2,16", (1, 2, 16)), ("8, 4,8", (4, 8)), ("0", ()), (None, ())])
+def test_sizes_are_numbers_of_rows_and_0_is_none(flag, sizes):
+    words = [] if flag is None else [f"--cuda-graphs={flag}"]
+    assert ServeConfig.parse(["model", "--uds-path=socket", *words], {}).cuda_graphs == sizes
+
+
+@pytest.mark.parametrize("flag", ["0,1", "a", "", "1,,2", "-1"])
+def test_other_sizes_are_refused_by_name(flag):
+    with pytest.raises(ConfigError, match=r"--cuda-graphs .* is no list of numbers above 0"):
+        ServeConfig.parse(["model", "--uds-path=socket", f"--cuda-graphs={flag}"], {})
+
+
 @pytest.mark.parametrize("sampling", [None, DRAWN], ids=("greedy", "drawn"))
 def test_captured_steps_answer_as_those_that_are_not(sampling, on_gpu, engines, served):
     assert answers(on_gpu(), sampling=sampling) == answers(engines(), sampling=sampling)
@@ -82,6 +115,11 @@ def test_captured_steps_answer_as_those_that_are_not(sampling, on_gpu, engines, 
 @pytest.mark.parametrize("row", ["falcon40b", "mixtral", "gemma3", "olmo2"])
 def test_every_kind_of_layer_is_captured(row, on_gpu, engines, served):
     assert answers(on_gpu(row)) == answers(engines(row))
+    assert any(captured for *_, captured in served)
+
+
+def test_ranks_meet_within_captured_steps(two_ranks, engines, served):
+    assert answers(two_ranks) == answers(engines())
     assert any(captured for *_, captured in served)
 
 
@@ -111,14 +149,15 @@ def test_an_adapter_that_takes_another_s_place_is_the_one_that_answers(on_gpu, e
     assert (1, True, True) in served
 
 
-def test_a_rank_that_finds_no_room_is_computed_without_a_capture(on_gpu, engines, adapter, served, monkeypatch):
+def test_a_rank_takes_the_room_that_other_rows_leave_or_is_computed_without_a_capture(on_gpu, engines, adapter, served, monkeypatch):
     monkeypatch.setattr(fixed, "USUAL_RANK", 16)
     found = []
     for ranks in (on_gpu(), engines()):
         ranks.load(1, adapter("rank64"))
         found.append(answers(ranks, handles=(1,)))
     assert found[0] == found[1]
-    assert not any(captured and adapted for _, adapted, captured in served)
+    # Rows of one adapter share its tiles: 64 ranks in 4 of them, of which there is one for each row.
+    assert (4, True, True) in served and not {(1, True, True), (2, True, True)} & set(served)
 
 
 def of_the_first_row(self) -> int:

@@ -10,12 +10,13 @@ from subprocess import CompletedProcess
 from threading import local
 
 import gpu_check
+import graphs
 import kvrun_kernels
 import pytest
 import torch
 from driver import Driver, Ranks
 from elsewhere import GIB, LAUNCHES, Mixed, gpus, interpreting, need, settle
-from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, serving
+from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, refuse_for_gpus, serving
 from kvrun.dist import Group
 from kvrun.engine.sampling import Sampling
 from kvrun.errors import DeviceError, Unsupported
@@ -112,6 +113,13 @@ def test_what_only_cpus_do_is_refused_on_a_gpu_by_its_flag():
         refuse_for_cpus(Cuda(0), {"--packed-cache": True})
 
 
+def test_what_only_gpus_do_is_refused_on_cpus_by_its_flag():
+    refuse_for_gpus(Cuda(0), {"--cuda-graphs": True})
+    refuse_for_gpus(Cpu(), {"--cuda-graphs": False})
+    with pytest.raises(Unsupported, match=r"^--cuda-graphs was asked for on cpu, and only GPUs do that"):
+        refuse_for_gpus(Cpu(), {"--cuda-graphs": True})
+
+
 @pytest.mark.parametrize("gpu", ["stand-in"], indirect=True)
 def test_the_stand_in_stops_what_a_gpu_would_stop(gpu):
     there = torch.ones(2, 3, device=gpu.place)
@@ -167,7 +175,10 @@ class Wire:
     def _call(self, name, *given):
         held = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.held, given)
         self.calls.append(name)
-        return getattr(self._host, name)(*held)
+        run = getattr(self._host, name)
+        if (graph := graphs.active()) is not None:
+            graph.note(lambda *again: run(*again).wait(), held, {}, {id(tensor) for tensor in torch.utils._pytree.tree_leaves(held)})
+        return run(*held)
 
     def allreduce(self, tensors):
         return self._call("allreduce", tensors)
@@ -248,7 +259,7 @@ def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
     assert ran == [list(arguments) for arguments in gpu_check.STAGES.values()]
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| on cuda:0, a GPU that is not there, compute capability 9.0, 20.0 GiB free | | |"
-    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "passed", "failed (1)"]
+    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "passed", "passed", "failed (1)"]
     monkeypatch.setattr(gpu_check, "missing", lambda capability: "it is not installed")
     ran.clear()
     with gpus(1):
