@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use crate::adapters::{self, AdapterRequest};
 use crate::args::compat::Fate;
 use crate::args::{
-    ActivationDtype, Args, Attention, Device, Dtype, Environment, GraphSizes, KvCacheDtype, Limits, Operation, Quantize,
-    Secret,
+    ActivationDtype, Args, Attention, Device, Dtype, Environment, GraphSizes, KvCacheDtype, Limits,
+    Operation, Quantize, Secret,
 };
 use crate::failure::Failure;
 

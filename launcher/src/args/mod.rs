@@ -13,7 +13,9 @@ mod operation;
 pub use compat::Compat;
 pub use environment::{Environment, is_forwarded_to_shards};
 pub use limits::Limits;
-pub use model::{ActivationDtype, Attention, Device, Dtype, GraphSizes, KvCacheDtype, Model, Quantize, Sharding};
+pub use model::{
+    ActivationDtype, Attention, Device, Dtype, GraphSizes, KvCacheDtype, Model, Quantize, Sharding,
+};
 pub use network::Network;
 pub use operation::Operation;
 
