@@ -103,6 +103,14 @@ async fn streams_survive_the_death_of_either_rank() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_survive_steps_that_find_no_memory() {
+    streams_survive(1, 10, |bench, _| {
+        bench.shards[0].faults().after_steps(1, Fault::OutOfMemory);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_and_stale_replies_change_nothing() {
     streams_survive(2, 10, |bench, rng| {
         let fault = if rng.random() {

@@ -11,6 +11,8 @@ pub enum Fault {
     Die,
     /// The shard never answers again.
     Hang,
+    /// The step finds no memory: its epoch ends, and the shard lives.
+    OutOfMemory,
     /// This one outcome is lost; later steps are answered.
     DropReply,
     /// The outcome is sent twice.

@@ -102,6 +102,11 @@ impl Shard {
             if fault == Some(Fault::Die) {
                 return (self.die)();
             }
+            if fault == Some(Fault::OutOfMemory) {
+                let short = Status::resource_exhausted("CUDA out of memory");
+                let _ = replies.send(Err(short)).await;
+                return;
+            }
             if delay > Duration::ZERO {
                 tokio::time::sleep(delay).await;
             }
