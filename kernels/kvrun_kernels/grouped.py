@@ -28,6 +28,11 @@ class Packed(Protocol):
 P = TypeVar("P", bound=Packed)
 
 
+def owned(x: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The groups that have rows, and their rows: group g those from bounds[g] to bounds[g + 1]."""
+    return [(group, x[start:stop]) for group, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
+
+
 class Grouped(Generic[P]):
     """A weight, and a bias or none, for each group of rows; `table` says where they lie, if they are of one form."""
 
@@ -63,10 +68,6 @@ class Grouped(Generic[P]):
         if len(bounds) != len(self) + 1 or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
             raise ValueError(f"{len(self) + 1} rising offsets from 0 to {len(x)} asked, found {bounds}; sort the rows by group")
         return bounds
-
-    def owned(self, x: Tensor, offsets: Tensor) -> list[tuple[int, Tensor]]:
-        """The groups that have rows, and their rows."""
-        return [(g, x[start:stop]) for g, (start, stop) in enumerate(pairwise(self.bounds(x, offsets))) if start < stop]
 
     def _addresses(self) -> Tensor | None:
         biases = self.biases or ()

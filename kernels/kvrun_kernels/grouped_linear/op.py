@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
-from kvrun_kernels.grouped import Grouped
+from kvrun_kernels.grouped import Grouped, owned
 from kvrun_kernels.linear.op import PackedLinear, linear
 
 SCHEMA = "grouped_linear(Tensor x, Grouped[PackedLinear] grouped, Tensor offsets) -> Tensor"
@@ -13,7 +13,7 @@ _kernel = Kernel("grouped_linear", "pppp iiii iii")
 
 
 def reference(x: Tensor, grouped: Grouped[PackedLinear], offsets: Tensor) -> Tensor:
-    parts = [linear(rows, grouped.packed[g], grouped.bias(g)) for g, rows in grouped.owned(x, offsets)]
+    parts = [linear(rows, grouped.packed[g], grouped.bias(g)) for g, rows in owned(x, grouped.bounds(x, offsets))]
     return torch.cat(parts) if parts else x.new_empty((0, grouped.first.out_features))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvrun_kernels.dispatch import Kernel, on_cpu
-from kvrun_kernels.grouped import Grouped
+from kvrun_kernels.grouped import Grouped, owned
 from kvrun_kernels.quantized_linear.op import PackedQuantized, described, quantized_linear
 from kvrun_kernels.quantized_linear.rows import QuantizedRows
 
@@ -15,7 +15,9 @@ _kernel = Kernel("grouped_quantized_linear", "pppp iiii iiiiiiii")
 
 
 def reference(x: Tensor, grouped: Grouped[PackedQuantized], offsets: Tensor, *, rounded: bool = False) -> Tensor:
-    parts = [quantized_linear(rows, grouped.packed[g], grouped.bias(g), rounded=rounded) for g, rows in grouped.owned(x, offsets)]
+    parts = [
+        quantized_linear(rows, grouped.packed[g], grouped.bias(g), rounded=rounded) for g, rows in owned(x, grouped.bounds(x, offsets))
+    ]
     return torch.cat(parts) if parts else x.new_empty((0, grouped.first.out_features))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from kvrun_kernels import ops
+from kvrun_kernels.grouped import owned
 from torch import Tensor
 
 from kvrun.quant.coded import CodedLinear
@@ -37,9 +37,9 @@ class GroupedWeights:
             return ops.grouped_linear(x, self._plain, offsets)
         if self._packed is not None and not self._ordered:
             return ops.grouped_quantized_linear(x, self._packed, offsets, rounded=self._rounded)
-        owned = [(group, x[start:stop]) for group, (start, stop) in enumerate(pairwise(offsets.tolist())) if start < stop]
+        rows = owned(x, offsets.tolist())
         if self._packed is not None:
-            arranged = torch.cat([self._coded[group].arranged(rows) for group, rows in owned])
+            arranged = torch.cat([self._coded[group].arranged(mine) for group, mine in rows])
             return ops.grouped_quantized_linear(arranged, self._packed, offsets, rounded=self._rounded)
         biases = self._biases
-        return torch.cat([self._weights[group].matmul(rows, None if biases is None else biases[group]) for group, rows in owned])
+        return torch.cat([self._weights[group].matmul(mine, None if biases is None else biases[group]) for group, mine in rows])
