@@ -53,6 +53,7 @@ def test_describe_says_what_was_loaded(shard):
     said = shard.calls.Describe(pb.DescribeRequest())
     assert (said.model_id, said.architecture, said.dtype, said.device) == ("tiny", "LlamaForCausalLM", "float32", "cpu")
     assert (said.rank, said.world, said.vocabulary, said.positions, said.page_tokens) == (0, 1, 259, 512, 4)
+    assert said.threads == 1  # as `--num-threads` says
     assert said.page_bytes == 2 * 2 * 2 * 16 * 4 * 4 and list(said.end_tokens) == [2] and len(said.model_digest) == 64
     assert "q_proj" in said.lora_targets and said.kernels["paged_attention"] and list(said.state_kinds) == ["pages"]
 
@@ -245,6 +246,7 @@ def test_it_dies_with_its_parent_and_leaves_stacks_when_aborted(checkpoint, tmp_
         assert aborted.process.returncode == -signal.SIGABRT and "Current thread" in said and "compute.py" in said
         where, ready = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
         assert where["target"] == "kvrun.device" and where["device"] == "cpu" and "rms_norm" in where["kernels"]
+        assert "1 thread on processors " in where["message"]
         assert (ready["level"], ready["message"], ready["target"]) == ("INFO", "ready", "kvrun")
     finally:
         orphan.end()
