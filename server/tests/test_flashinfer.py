@@ -5,6 +5,8 @@ and the package is installed, `pytest -m gpu` asks the package.
 """
 
 import inspect
+from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 
 import flashinfer_stand_in as stand_in
@@ -26,6 +28,7 @@ from kvrun.nn.positions import alibi_slopes
 from kvrun.state.pages import KvPages, stored_name
 from kvrun.state.shapes import PageShape, PageUse
 from kvrun_kernels import ops
+from kvrun_kernels.capture import Captures
 from kvrun_kernels.paged_attention.op import reference
 from ragged import Runner
 from test_parity import prompts
@@ -108,19 +111,23 @@ class Case:
         s, given = self.scores, (batch.query_start, batch.contexts, batch.page_table)
         return reference(self.q.float(), kv.layers[0], *given, s.scale, s.window, s.softcap, s.slopes, sinks=s.sinks)
 
-    def found(self, package, place, told=True):
-        """FlashInfer's. told: the rows are known on the host"""
+    def there(self, package, place):
+        """The backend, its pool, the scores, queries, keys and values on a device."""
         s = self.scores
-        there = Scores(s.scale, s.window, to(place, s.slopes), s.softcap, to(place, s.sinks))
-        kind = Kind(self.kind.heads, self.kind.kv_heads, self.kind.head_dim, there)
+        scores = Scores(s.scale, s.window, to(place, s.slopes), s.softcap, to(place, s.sinks))
+        kind = Kind(self.kind.heads, self.kind.kv_heads, self.kind.head_dim, scores)
         backend = flashinfer.FlashInfer(package, [kind], self.q.dtype, place)
+        assert list(backend.serving(self.kv.layers[0].dtype).values()) == ["flashinfer"]
         kv = KvPages([PageShape(kind.kv_heads, kind.head_dim)], self.kv.pages, self.kv.page_tokens, self.kv.layers[0].dtype, place)
         kv.layers[0].copy_(self.kv.layers[0])
-        step = backend.plan(self.batch(place, self.host if told else None), kv)
         fused = torch.cat([self.q, self.k, self.v], 1).to(place)
-        heads, both = kind.heads, kind.heads + kind.kv_heads
-        assert list(backend.serving(kv.layers[0].dtype).values()) == ["flashinfer"]
-        return step.run(0, fused[:, :heads], fused[:, heads:both], fused[:, both:], there).cpu()
+        return backend, kv, scores, *fused.split([kind.heads, kind.kv_heads, kind.kv_heads], 1)
+
+    def found(self, package, place, told=True):
+        """FlashInfer's answers. told: the rows are known on the host"""
+        backend, kv, scores, q, k, v = self.there(package, place)
+        step = backend.plan(self.batch(place, self.host if told else None), kv)
+        return step.run(0, q, k, v, scores).cpu()
 
     def batch(self, place, host):
         rows = [torch.from_numpy(rows).to(place) for rows in (self.host.query_start, self.host.contexts, self.host.page_table)]
@@ -160,6 +167,33 @@ def test_its_answers_are_those_of_the_reference(case, rows, dtype, gpu, package)
     assert (asked.found(package, gpu.place).float() - expected).abs().max() < SIXTEEN[dtype] * max(1.0, expected.abs().max())
     if package is stand_in:
         assert ran("run") == [SINK if "sinks" in CASES[case] else DECODE if rows is SINGLE else PREFILL]
+
+
+@pytest.mark.parametrize("case", ["two queries to a key", "a group that is no power of two", "slopes", "sinks over a window"])
+def test_a_captured_step_attends_for_the_rows_that_it_is_renewed_for(case, gpu, package):
+    asked = Case(SINGLE, torch.float16, **CASES[case])
+    backend, kv, scores, q, k, v = asked.there(package, gpu.place)
+    batch = asked.batch(gpu.place, asked.host)
+    nobodys = next(page for page in range(kv.pages) if page not in asked.host.page_table)
+    own = replace(
+        batch,
+        contexts=torch.ones_like(batch.contexts),
+        page_table=torch.full_like(batch.page_table, nobodys),
+        slots=torch.full_like(batch.slots, nobodys * kv.page_tokens),
+        host=None,
+    )
+    step, out = backend.fixed(own, kv), torch.zeros_like(q)
+
+    def run():
+        out.copy_(step.run(0, q, k, v, scores))
+
+    run()
+    launch = Captures().capture(run)
+    for name in ("contexts", "page_table", "slots"):
+        getattr(own, name).copy_(getattr(batch, name))
+    step.renew(batch)
+    launch()
+    assert (out.cpu().float() - asked.expected()).abs().max() < SIXTEEN[torch.float16] * max(1.0, asked.expected().abs().max())
 
 
 def test_rows_that_only_the_device_knows_are_planned_when_a_layer_comes(gpu, package):
@@ -328,10 +362,14 @@ def test_the_stand_in_has_the_signatures_of_the_package(ours, method):
 
 
 @pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer-python: not installed")
+@pytest.mark.parametrize("gpu", ["stand-in"], indirect=True)
 def test_the_package_takes_every_call_that_is_made(gpu, package):
     for case in CASES.values():
         for rows in (MIXED, SINGLE):
-            Case(rows, torch.float16, **case).found(package, gpu.place)
+            asked = Case(rows, torch.float16, **case)
+            asked.found(package, gpu.place)
+            backend, kv, *_ = asked.there(package, gpu.place)
+            backend.fixed(asked.batch(gpu.place, asked.host), kv)
     assert {(name, method) for name, method, *_ in stand_in.CALLS} == {
         (w.__name__, m) for w in WRAPPERS for m in ("__init__", "plan", "run")
     }
@@ -341,7 +379,7 @@ def test_the_package_takes_every_call_that_is_made(gpu, package):
 
 def signature(name, method):
     """The parameters of the package's method; some of its versions take those of `plan` through another."""
-    wrapper = getattr(flashinfer.library(), name)
+    wrapper = getattr(import_module("flashinfer"), name)
     if method == "plan":
         method = "_plan_impl" if hasattr(wrapper, "_plan_impl") else method
     return inspect.signature(getattr(wrapper, method)).parameters
