@@ -21,6 +21,7 @@ import kvrun_kernels
 OPS = (
     "linear", "quantized_linear", "grouped_linear", "grouped_quantized_linear", "paged_attention", "sgmv", "rms_norm", "layer_norm", "rope",
     "store_kv", "act_mul", "add", "causal_conv", "selective_scan", "ssd_scan",
+    "quantize", "pack_panels",
 )  # fmt: skip
 
 # Sides of the matrices whose product is the limit of arithmetic.

@@ -9,7 +9,8 @@ from kvrun_kernels.grouped_quantized_linear.op import grouped_quantized_linear
 from kvrun_kernels.layer_norm.op import layer_norm
 from kvrun_kernels.linear.op import PackedLinear, linear, pack_linear, pack_rows
 from kvrun_kernels.paged_attention.op import paged_attention
-from kvrun_kernels.quantized_linear.op import PackedQuantized, pack_quantized, quantized_linear
+from kvrun_kernels.quantize.op import Scheme, quantize
+from kvrun_kernels.quantized_linear.op import CodedRows, PackedQuantized, pack_quantized, pack_quantized_rows, quantized_linear
 from kvrun_kernels.rms_norm.op import rms_norm
 from kvrun_kernels.rope.op import rope_
 from kvrun_kernels.selective_scan.op import selective_scan
@@ -19,11 +20,13 @@ from kvrun_kernels.ssd_scan.op import ssd_scan
 from kvrun_kernels.store_kv.op import store_kv
 
 __all__ = [
+    "CodedRows",
     "Grouped",
     "LoraSegments",
     "LoraTable",
     "PackedLinear",
     "PackedQuantized",
+    "Scheme",
     "Segment",
     "act_mul",
     "activation",
@@ -36,8 +39,10 @@ __all__ = [
     "lora",
     "pack_linear",
     "pack_quantized",
+    "pack_quantized_rows",
     "pack_rows",
     "paged_attention",
+    "quantize",
     "quantized_linear",
     "rms_norm",
     "rope_",

@@ -133,7 +133,6 @@ def test_inputs_that_fill_no_groups_stay_plain_and_are_named(checkpoint, tmp_pat
 
 def test_files_are_cut_between_tensors_and_no_more_than_one_is_held(checkpoint, tmp_path, monkeypatch):
     source, most, held = checkpoint("mixtral"), 70_000, []
-    monkeypatch.setattr("kvrun.quant.made.AT_ONCE", 24 * 64)  # and weights are made codes of in pieces
 
     def saved(tensors, path, metadata):
         held.append(sum(tensor.nbytes for tensor in tensors.values()))

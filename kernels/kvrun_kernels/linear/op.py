@@ -7,14 +7,11 @@ from torch import Tensor
 
 from kvrun_kernels import large
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
+from kvrun_kernels.pack_panels.op import PANEL, pack_panels
 
 SCHEMA = "linear(Tensor x, PackedLinear packed, Tensor? bias=None) -> Tensor"
 
-# Output rows in a panel: two AVX-512 vectors, four AVX2 vectors (include/panel.h says the same).
-PANEL = 32
-
 _kernel = Kernel("linear", "pppp iiii iii", elsewhere="torch")
-_pack = Kernel("pack_linear", "pp iii i", elsewhere="torch")
 
 
 class PackedLinear:
@@ -67,32 +64,26 @@ class PackedLinear:
 def pack_linear(weight: Tensor) -> PackedLinear:
     """Lay out a weight [out_features, in_features] for `linear`; the caller can let go of it afterwards."""
     out_features, in_features = weight.shape
-    if _pack.run is None or not on_cpu(weight) or 0 in weight.shape:
+    if _kernel.run is None or not on_cpu(weight) or 0 in weight.shape:
         return PackedLinear(out_features, in_features, weight, packed=False)
     return pack_rows([weight], out_features, in_features, weight.dtype)
 
 
 def pack_rows(rows: Iterable[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> PackedLinear:
     """`pack_linear` of a weight that comes some rows at a time, [rows, in_features] of any type, each needed until the next comes."""
-    begun = torch.empty((0, in_features), dtype=dtype)  # rows of a panel whose others are still to come
-    if _pack.run is None or not on_cpu(begun) or 0 in (out_features, in_features):
-        held, at = torch.empty((out_features, in_features), dtype=dtype), 0
-        for part in rows:
-            held[at : at + len(part)] = part
-            at += len(part)
-        return PackedLinear(out_features, in_features, held, packed=False)
+    packed = _kernel.run is not None and on_cpu(torch.empty(0, dtype=dtype)) and 0 not in (out_features, in_features)
     # Pairs of bfloat16 widen to float32 by a shift and a mask, and are what its dot product instruction takes.
     pair = 2 if dtype == torch.bfloat16 else 1
-    panels = large.empty((-(-out_features // PANEL), -(-in_features // pair), PANEL, pair), dtype)
+    panels = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
+    held = large.zeros(panels, dtype) if packed else torch.empty((out_features, in_features), dtype=dtype)
     at = 0
     for part in rows:
-        part = torch.cat((begun, part.to(dtype))) if len(begun) else part.to(dtype)
-        ends = at + len(part) == out_features
-        count = len(part) if ends else len(part) // PANEL * PANEL
-        if count:
-            _pack.run(panels[at // PANEL :].data_ptr(), part.data_ptr(), count, in_features, part.stride(0), DTYPES[dtype])
-        at, begun = at + count, part[count:].clone()
-    return PackedLinear(out_features, in_features, panels, packed=True)
+        if packed:
+            pack_panels(held, part.to(dtype), at)
+        else:
+            held[at : at + len(part)] = part
+        at += len(part)
+    return PackedLinear(out_features, in_features, held, packed)
 
 
 def reference(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:

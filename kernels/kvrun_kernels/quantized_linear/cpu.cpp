@@ -153,31 +153,6 @@ void run(const Groups& groups, int64_t arithmetic) {
   });
 }
 
-// codes [outputs, inputs], a byte each, into the layout of codes.h.
-void pack(uint8_t* panels, const uint8_t* codes, int64_t outputs, int64_t inputs, bool nibbles) {
-  const int64_t padded = (inputs + kPad - 1) / kPad * kPad, count = (outputs + kPanel - 1) / kPanel;
-  const int64_t panel_bytes = padded * kPanel / (nibbles ? 2 : 1);
-  const int64_t unit = nibbles ? 8 : 2, bytes = nibbles ? 4 : 2;
-  parallel_for(count, [&](int64_t p) {
-    for (int64_t n = 0; n < kPanel; n++) {
-      const int64_t row = p * kPanel + n;
-      uint8_t* to = panels + p * panel_bytes + n * bytes;
-      for (int64_t k = 0; k < padded; k += unit, to += kPanel * bytes) {
-        uint8_t c[8] = {};
-        if (row < outputs)
-          for (int64_t i = 0; i < unit && k + i < inputs; i++) c[i] = codes[row * inputs + k + i];
-        if (nibbles) {
-          const uint8_t packed[4] = {uint8_t(c[0] | c[2] << 4), uint8_t(c[4] | c[6] << 4), uint8_t(c[1] | c[3] << 4),
-                                     uint8_t(c[5] | c[7] << 4)};
-          memcpy(to, packed, 4);
-        } else {
-          memcpy(to, c, 2);
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 }  // namespace kvrun
 
@@ -199,9 +174,4 @@ KVRUN_OP(grouped_quantized_linear)
   using namespace kvrun;
   const Call shape{{}, out, x, outputs, inputs, stride, group, form, scale_dtype, offset_dtype, block, x_dtype, bias_dtype};
   run({shape, (const Weight*)weights, (const int64_t*)bounds, count}, arithmetic);
-}
-
-KVRUN_OP(pack_quantized)
-(void* panels, const void* codes, int64_t outputs, int64_t inputs, int64_t nibbles) {
-  kvrun::pack((uint8_t*)panels, (const uint8_t*)codes, outputs, inputs, nibbles);
 }

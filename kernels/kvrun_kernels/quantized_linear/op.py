@@ -1,11 +1,15 @@
 """Matrix products with weights of 4 or 8 bits that share scales in groups, packed once into the layout the kernel streams."""
 
+from collections.abc import Iterable
+from itertools import chain
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kvrun_kernels import large
 from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu, on_gpu
-from kvrun_kernels.linear.op import PANEL
+from kvrun_kernels.pack_panels.op import NIBBLE_ORDER, PANEL, pack_panels
 
 SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None, *, bool rounded=False) -> Tensor"
 
@@ -13,14 +17,11 @@ SCHEMA = "quantized_linear(Tensor x, PackedQuantized packed, Tensor? bias=None, 
 WORD = 8
 # Inputs that one chain of a sum takes at most; a longer group repeats its scale (cpu.cpp: kBlock).
 LONGEST_GROUP = 512
-# Where the inputs of a word lie, lowest bits first: the even ones in the lower half.
-NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # What the kernel reads an e4m3fn code of one as, to the power of -1.
 FLOAT8_UNIT = 256.0
 INTEGERS = tuple(float(code) for code in range(-8, 8))
 
 _kernel = Kernel("quantized_linear", "pppppppp iiii iiiiiiii")
-_pack = Kernel("pack_quantized", "pp iii", elsewhere="torch")
 _FORMS = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _ABSENT, _BYTES = -1, 3
 _FLOAT32, _BFLOAT16, _ROUNDED = range(3)
@@ -142,37 +143,95 @@ def pack_quantized(
     for the whole row · table [16], the integers from -8 when absent · units [out, blocks * (1 or 2)] float16, all blocks being of as
     many groups, a power of two. ValueError when a group is not a multiple of 8 inputs.
     """
-    out_features, in_features = codes.shape
-    if codes.dtype not in _FORMS:
-        raise ValueError(f"codes of uint8, int8 or float8_e4m3fn asked, found {codes.dtype}; convert them first")
-    group = -(-in_features // WORD) * WORD if group is None else group
-    groups = -(-in_features // group)
-    if scales.shape != (out_features, groups):
-        raise ValueError(f"scales of shape {[out_features, groups]} asked, found {list(scales.shape)}; one for each {group} inputs")
-    if codes.dtype == torch.float8_e4m3fn and offsets is not None:
-        raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
-    block = 0 if units is None else _block(scales, offsets, units)
-    held = _chain(group)
-    given = torch.tensor(INTEGERS) if table is None else table.float().contiguous()
-    if on_gpu(codes) or not codes.is_cpu:
+    return pack_quantized_rows([CodedRows(codes, scales, offsets, units)], len(codes), group=group, table=table)
+
+
+class CodedRows(NamedTuple):
+    """Some rows of what `pack_quantized` takes."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+    units: Tensor | None = None
+
+
+def pack_quantized_rows(
+    parts: Iterable[CodedRows], out_features: int, *, group: int | None = None, table: Tensor | None = None
+) -> PackedQuantized:
+    """`pack_quantized` of a weight that comes some rows at a time, all of one form, each needed until the next comes."""
+    parts = iter(parts)
+    first = next(parts)
+    in_features, inputs = first.codes.shape[1], -(-first.codes.shape[1] // WORD) * WORD
+    group = inputs if group is None else group
+    checked = (_checked(part, in_features, group) for part in chain([first], parts))
+    held, given = _chain(group), torch.tensor(INTEGERS) if table is None else table.float().contiguous()
+    if on_gpu(first.codes) or not first.codes.is_cpu:
         # Only there: what a GPU reads needs neither panels nor short groups.
         from kvrun_kernels.quantized_linear.rows import pack_rows
 
-        return pack_rows(codes, scales, offsets, given, group, units, block)
-    if codes.dtype == torch.float8_e4m3fn:
+        whole = _joined(list(checked))
+        return pack_rows(whole.codes, whole.scales, whole.offsets, given, group, whole.units, _block(whole))
+    dtype, panels = first.codes.dtype, -(-out_features // PANEL)
+    nibbles = dtype == torch.uint8
+    laid = large.zeros((panels, inputs // WORD, PANEL, 4) if nibbles else (panels, inputs // 2, PANEL, 2), torch.uint8)
+    columns: list[Tensor | None] = []  # of scales, offsets and units
+    at = block = 0
+    for part in checked:
+        block = _block(part) if held == group else 0
+        found = _per_group(part, group, held)
+        columns = columns or [None if one is None else large.zeros((panels, one.shape[1], PANEL, 1), one.dtype) for one in found]
+        pack_panels(laid, part.codes.view(torch.uint8), at, nibbles=nibbles)
+        for column, rows in zip(columns, found, strict=True):
+            if column is not None and rows is not None:
+                pack_panels(column, rows, at)
+        at += len(part.codes)
+    scales, offsets, units = (None if column is None else column.squeeze(3) for column in columns)
+    assert scales is not None
+    return PackedQuantized(dtype, laid, scales, offsets, given, held, (out_features, in_features), units, block)
+
+
+def _checked(part: CodedRows, in_features: int, group: int) -> CodedRows:
+    if part.codes.dtype not in _FORMS:
+        raise ValueError(f"codes of uint8, int8 or float8_e4m3fn asked, found {part.codes.dtype}; convert them first")
+    wanted = (len(part.codes), -(-in_features // group))
+    if part.scales.shape != wanted:
+        raise ValueError(f"scales of shape {list(wanted)} asked, found {list(part.scales.shape)}; one for each {group} inputs")
+    if part.codes.dtype == torch.float8_e4m3fn and part.offsets is not None:
+        raise ValueError("codes of float8_e4m3fn come without offsets; leave them out")
+    return part
+
+
+def _per_group(part: CodedRows, group: int, held: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales, offsets and units as the kernel takes them: a long group is several, each with its scale."""
+    _, scales, offsets, units = part
+    if part.codes.dtype == torch.float8_e4m3fn:
         scales = scales.float() * FLOAT8_UNIT
-    if held != group:
-        if units is not None:
-            (scales, offsets), units, block = counted(scales, offsets, units, block), None, 0
-        index = torch.arange(0, in_features, held) // group
-        scales, offsets = scales[:, index], None if offsets is None else offsets[:, index]
-    panels = _panels(codes, codes.dtype == torch.uint8)
-    offsets, units = (None if part is None else _columns(part) for part in (offsets, units))
-    return PackedQuantized(codes.dtype, panels, _columns(scales), offsets, given, held, (out_features, in_features), units, block)
+    if held == group:
+        return scales, offsets, units
+    if units is not None:
+        scales, offsets = counted(scales, offsets, units, _block(part))
+    groups = -(-part.codes.shape[1] // held)
+
+    def spread(per_group: Tensor) -> Tensor:
+        return per_group.repeat_interleave(group // held, dim=1)[:, :groups]
+
+    return spread(scales), None if offsets is None else spread(offsets), None
 
 
-def _block(scales: Tensor, offsets: Tensor | None, units: Tensor) -> int:
-    """How many groups share a unit. ValueError says what does not fit."""
+def _joined(parts: list[CodedRows]) -> CodedRows:
+    if len(parts) == 1:
+        return parts[0]
+    codes, *others = zip(*parts, strict=True)
+    # Floats of 8 bits do not concatenate.
+    rows = torch.cat([part.view(torch.uint8) for part in codes]).view(codes[0].dtype)
+    return CodedRows(rows, *(None if column[0] is None else torch.cat(column) for column in others))
+
+
+def _block(part: CodedRows) -> int:
+    """How many groups share a unit, 0 without units. ValueError says what does not fit."""
+    _, scales, offsets, units = part
+    if units is None:
+        return 0
     groups, blocks = scales.shape[1], units.shape[1] // (1 if offsets is None else 2)
     counts = scales.dtype == torch.int8 and (offsets is None or offsets.dtype == torch.int8)
     if not counts or units.dtype != torch.float16 or not blocks or groups % blocks or (groups // blocks).bit_count() > 1:
@@ -188,32 +247,6 @@ def _chain(group: int) -> int:
     if group <= LONGEST_GROUP:
         return group
     return next(shorter for shorter in range(LONGEST_GROUP, 0, -WORD) if group % shorter == 0)
-
-
-def _columns(per_group: Tensor) -> Tensor:
-    """[out, groups] -> [panels, groups, 32], padded with zeros."""
-    out, groups = per_group.shape
-    padded = per_group.new_zeros((-(-out // PANEL) * PANEL, groups))
-    padded[:out] = per_group
-    columns = padded.view(-1, PANEL, groups).transpose(1, 2)
-    return large.empty(columns.shape, columns.dtype).copy_(columns) if columns.is_cpu else columns.contiguous()
-
-
-def _panels(codes: Tensor, nibbles: bool) -> Tensor:
-    """[out, in] -> the panels of PackedQuantized."""
-    out, inputs = codes.shape
-    count, padded = -(-out // PANEL), -(-inputs // WORD) * WORD
-    shape = (count, padded // WORD, PANEL, 4) if nibbles else (count, padded // 2, PANEL, 2)
-    if _pack.run is not None and codes.is_cpu:
-        panels, codes = large.empty(shape, torch.uint8), codes.contiguous()
-        _pack.run(panels.data_ptr(), codes.data_ptr(), out, inputs, int(nibbles))
-        return panels
-    laid = torch.zeros((count * PANEL, padded), dtype=torch.uint8)
-    laid[:out, :inputs] = codes.view(torch.uint8)
-    if not nibbles:
-        return laid.view(count, PANEL, -1, 2).transpose(1, 2).contiguous()
-    ordered = laid.view(count, PANEL, -1, WORD)[..., NIBBLE_ORDER]
-    return (ordered[..., 0::2] | ordered[..., 1::2] << 4).transpose(1, 2).contiguous()
 
 
 def in_8_bits(x: Tensor, group: int) -> Tensor:

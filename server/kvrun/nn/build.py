@@ -32,7 +32,6 @@ from kvrun.nn.vision.build import build_sight
 from kvrun.nn.vision.sight import Sight
 from kvrun.quant import CodedLinear, Dense, DenseLinear, LinearFormat, QuantizedLinear, choose
 from kvrun.quant import build as build_weight
-from kvrun.quant.codes import Codes, joined
 from kvrun.quant.made import Made
 from kvrun.quant.packed_cache import PackedCache
 from kvrun.spec import Config, Model, Parallel, Step, UnitHead
@@ -43,7 +42,7 @@ from kvrun.weights.checkpoint import Checkpoint
 from kvrun.weights.held import method
 from kvrun.weights.load import Loader, indices, torch_dtype
 from kvrun.weights.naming import Naming, probe
-from kvrun.weights.plan import Cut, LinearPlan, ModelPlan, Role, TablePlan, plan_mixer, plan_model, plan_norm
+from kvrun.weights.plan import LinearPlan, ModelPlan, Role, TablePlan, plan_mixer, plan_model, plan_norm
 from kvrun.weights.reading import memory_given_back
 from kvrun.weights.split import Split
 from kvrun.weights.vocabulary import vocabulary_limit
@@ -333,15 +332,16 @@ class _Build:
         if all(isinstance(weights, Dense) for weights in formats) and not plan.transposed:
             rows = (rows for _, rows in self._loader.rows(plan.cuts))
             return DenseLinear.of(rows, plan.out_features, plan.in_features, self.shared.dtype)
-        parts = [self._part(plan, cut, weights) for cut, weights in zip(plan.cuts, formats, strict=True)]
-        return build_weight(parts, plan.in_features, self.shared.dtype, None if exact else self._rounded)
-
-    def _part(self, plan: LinearPlan, cut: Cut, weights: LinearFormat) -> Codes | Tensor:
-        if isinstance(weights, Made) and not plan.transposed:
-            # Rows come on the host; tensors are made where the model will lie.
-            rows = ((piece, torch.as_tensor(rows)) for piece, rows in self._loader.rows((cut,)))
-            return joined([weights.decode({"weight": weight}, piece) for piece, weight in rows])
-        return weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut)
+        rounded = None if exact else self._rounded
+        made = [weights for weights in formats if isinstance(weights, Made)]
+        if len(made) == len(formats) and not plan.transposed:
+            # Rows come on the host; codes are made where the model will lie.
+            codes = (made[0].decode({"weight": torch.as_tensor(rows)}, cut) for cut, rows in self._loader.rows(plan.cuts))
+            return CodedLinear.of(codes, plan.out_features, plan.in_features, rounded)
+        parts = [
+            weights.decode(self._loader.linear(plan, weights.tensors(), cut), cut) for cut, weights in zip(plan.cuts, formats, strict=True)
+        ]
+        return build_weight(parts, plan.in_features, self.shared.dtype, rounded)
 
 
 def _alone(weight: QuantizedLinear) -> CodedLinear | DenseLinear:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from kvrun.errors import FilesError
 from kvrun.quant.codes import Codes, grouped
 from kvrun.quant.dense import PLAIN, Dense
 from kvrun.quant.format import WHOLE, Axes, Flat, LinearFormat
-from kvrun.quant.made import INT8, Made, by_table, per_output
+from kvrun.quant.made import INT8, Made, by_table
 from kvrun.quant.registry import Settings, made, stored
 from kvrun.weights.load import indices
 from kvrun.weights.plan import Cut, Role
@@ -100,15 +99,15 @@ def _(settings: Settings) -> LinearFormat:
 
 @made("bitsandbytes")
 def _() -> LinearFormat:
-    return Made(partial(per_output, levels=INT8))
+    return Made(INT8)
 
 
 @made("bitsandbytes-nf4")
 def _() -> LinearFormat:
-    return Made(lambda weight: by_table(weight, torch.tensor(NF4), BLOCK), BLOCK)
+    return Made(by_table(torch.tensor(NF4), BLOCK))
 
 
 @made("bitsandbytes-fp4")
 def _() -> LinearFormat:
     table = torch.tensor(FP4)
-    return Made(lambda weight: by_table(weight, torch.cat((table, -table)), BLOCK), BLOCK)
+    return Made(by_table(torch.cat((table, -table)), BLOCK))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from kvrun_kernels import ops
 from torch import Tensor
 
-from kvrun.quant.codes import Codes, arranged, joined
+from kvrun.quant.codes import Codes, arranged
 from kvrun.quant.dense import DenseLinear
 from kvrun.quant.format import QuantizedLinear
-from kvrun.quant.made import INT8, encoded, per_output
+from kvrun.quant.made import INT8, encoded
 
 
 class CodedLinear:
@@ -20,9 +20,22 @@ class CodedLinear:
 
     def __init__(self, codes: Codes, in_features: int, rounded: torch.dtype | None = None) -> None:
         """The codes are not kept beside their packed form. `rounded`: inputs become such numbers where the kernel takes them."""
-        self.packed = ops.pack_quantized(codes.values, codes.scales, codes.offsets, group=codes.group, table=codes.table, units=codes.units)
+        self._hold([codes], len(codes.values), in_features, rounded)
+
+    @classmethod
+    def of(cls, parts: Iterable[Codes], out_features: int, in_features: int, rounded: torch.dtype | None = None) -> CodedLinear:
+        """One whose codes come some rows at a time, all of one form; never held in full beside their packed form."""
+        made = cls.__new__(cls)
+        made._hold(parts, out_features, in_features, rounded)
+        return made
+
+    def _hold(self, parts: Iterable[Codes], out_features: int, in_features: int, rounded: torch.dtype | None) -> None:
+        parts = iter(parts)
+        first = next(parts)
+        rows = (ops.CodedRows(part.values, part.scales, part.offsets, part.units) for part in chain([first], parts))
+        self.packed = ops.pack_quantized_rows(rows, out_features, group=first.group, table=first.table)
         self._rounded = rounded is not None and self.packed.narrow == rounded
-        self._order, self._in_features = codes.order, in_features
+        self._order, self._in_features = first.order, in_features
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +72,7 @@ class CodedLinear:
         """See QuantizedLinear; known of int8 with a scale for each output, as kv.run makes them."""
         if self.packed.codes != torch.int8:
             return plain
-        codes = encoded(plain, partial(per_output, levels=INT8))
+        codes = encoded(plain, INT8)
         return codes.values * codes.scales
 
     def _in_order(self, rows: Tensor) -> Tensor:
@@ -103,6 +116,7 @@ class Stacked:
 
 def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype, rounded: torch.dtype | None = None) -> QuantizedLinear:
     """One linear of its parts' rows below each other; plain parts take `dtype`, inputs of coded ones the 8 bits of `rounded`."""
+    sizes = [len(part.values if isinstance(part, Codes) else part) for part in parts]
     if len(parts) == 1:
         (part,) = parts
         return CodedLinear(part, in_features, rounded) if isinstance(part, Codes) else DenseLinear(part.to(dtype))
@@ -111,8 +125,7 @@ def build(parts: Sequence[Codes | Tensor], in_features: int, dtype: torch.dtype,
         return DenseLinear(torch.cat([part.to(dtype) for part in plain]))
     coded = [part for part in parts if isinstance(part, Codes)]
     if len(coded) == len(parts) and all(_alike(coded[0], other) for other in coded[1:]):
-        return CodedLinear(joined(coded), in_features, rounded)
-    sizes = [len(part.values if isinstance(part, Codes) else part) for part in parts]
+        return CodedLinear.of(coded, sum(sizes), in_features, rounded)
     return Stacked([build([part], in_features, dtype, rounded) for part in parts], sizes)
 
 

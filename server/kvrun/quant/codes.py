@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,24 +25,6 @@ class Codes:
     table: Tensor | None = None  # [16] that codes of 4 bits name; None = the integers from -8
     order: Tensor | None = None  # [in] int64
     units: Tensor | None = None  # [out, blocks * (1 or 2)] float16 that int8 scales, and offsets, count
-
-
-def joined(parts: Sequence[Codes]) -> Codes:
-    """Codes of one form, rows of the next below those of the one before."""
-    first, *others = parts
-    if not others:
-        return first
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    units = [part.units for part in parts if part.units is not None]
-    # Floats of 8 bits do not concatenate.
-    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
-    return replace(
-        first,
-        values=values,
-        scales=torch.cat([part.scales for part in parts]),
-        offsets=torch.cat(offsets) if offsets else None,
-        units=torch.cat(units) if units else None,
-    )
 
 
 def grouped(codes: Codes, groups: Tensor) -> Codes:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from kvrun_kernels.ops import Scheme
 from torch import Tensor
 
 from kvrun.quant.bits import INTEGER, pack_rows
 from kvrun.quant.codes import Codes
-from kvrun.quant.made import GROUP, INT8, encoded, float8, int4, per_output
+from kvrun.quant.made import FLOAT8, GROUP, INT8, encoded, int4
 from kvrun.weights import held
 
 Tensors = dict[str, Tensor]
@@ -28,7 +28,7 @@ class Layout:
     kind: str  # "int" or "float"
     bits: int
     group: int | None  # inputs that share a scale; None = the whole row
-    encode: Callable[[Tensor], Codes]  # of a weight [out, in] float32
+    scheme: Scheme  # how weights become codes
     method: str  # the value of --quantize that makes the same
 
     @property
@@ -38,7 +38,7 @@ class Layout:
 
     def tensors(self, weight: Tensor) -> Tensors:
         """What is stored for a weight [out, in], by suffix."""
-        stored = self._stored(encoded(weight, self.encode))
+        stored = self._stored(encoded(weight, self.scheme))
         return stored if self.kind == "float" else stored | {"weight_shape": torch.tensor(weight.shape)}
 
     def _stored(self, codes: Codes) -> Tensors:
@@ -67,10 +67,10 @@ def layout(method: str, group: int | None) -> Layout:
     """The layout of a method that needs no data: int8, int4 or fp8; `group` None is the method's own."""
     if method == "int4":
         group = group or GROUP
-        return Layout("pack-quantized", "int", 4, group, partial(int4, group=group), method)
+        return Layout("pack-quantized", "int", 4, group, int4(group), method)
     if method == "int8":
-        return Layout("pack-quantized", "int", 8, None, partial(per_output, levels=INT8), method)
-    return Layout("float-quantized", "float", 8, None, float8, method)
+        return Layout("pack-quantized", "int", 8, None, INT8, method)
+    return Layout("float-quantized", "float", 8, None, FLOAT8, method)
 
 
 def ignored(coded: Iterable[str], plain: Iterable[str]) -> list[str]:
