@@ -43,10 +43,6 @@ class KvRun:
             command += ["--packed-cache", str(setup.packed)]
         return command
 
-    def flags(self) -> str:
-        """What the launcher says of its flags."""
-        return subprocess.run([self.programs / "text-generation-launcher", "--help"], check=True, capture_output=True, text=True).stdout
-
     def environment(self, setup: Setup) -> dict[str, str]:
         return {}
 
