@@ -6,8 +6,6 @@
 // the rows beside it.
 #pragma once
 
-#include <utility>
-
 #include "codes.h"
 #include "runs.h"
 
@@ -198,17 +196,9 @@ using Tile = void (*)(const Call&, const uint8_t*, int64_t, const typename S::X*
                       float*);
 
 template <class S>
-struct Tiles {
-  Tile<S> one[kRows + 1] = {};
-  Tile<S> side_by_side[kRows + 1] = {};
-
-  template <int... R>
-  constexpr explicit Tiles(std::integer_sequence<int, R...>)
-      : one{nullptr, tile<S, R + 1, 1>...}, side_by_side{nullptr, tile<S, R + 1, panels_at_once(R + 1)>...} {}
-};
-
+constexpr auto kTiles = by_height<kRows>([](auto height) -> Tile<S> { return tile<S, height(), 1>; });
 template <class S>
-constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
+constexpr auto kSideBySide = by_height<kRows>([](auto height) -> Tile<S> { return tile<S, height(), panels_at_once(height())>; });
 
 // A task: the panels `across` against the tiles `down`.
 template <class S>
@@ -228,7 +218,7 @@ void multiply(const Call& call, const Rows& rows, const typename S::X* laid, con
       float* to = sums + (t - down.first) * kRows * width * kPanel;
       for (int64_t p = across.first; p < across.last;) {
         const int taken = across.last - p >= pair ? pair : 1;
-        const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
+        const Tile<S> run = taken > 1 ? kSideBySide<S>[height] : kTiles<S>[height];
         const uint8_t* codes = call.panels + p * call.panel_bytes() + load * kPanel * S::bytes;
         run(call, codes, call.panel_bytes(), x, totals, p, g, last, to);
         to += taken * height * kPanel;

@@ -72,17 +72,6 @@ inline void interleave(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd, 
 }
 #endif
 
-// The tiles of products whose left side lies row by row.
-template <class S, int kRow>
-struct RowTiles {
-  Tile<S> one[kRows + 1] = {};
-  template <int... R>
-  constexpr explicit RowTiles(std::integer_sequence<int, R...>) : one{nullptr, tile<S, R + 1, 1, kRow>...} {}
-};
-
-template <class S, int kRow>
-constexpr RowTiles<S, kRow> kRowTiles{std::make_integer_sequence<int, kRows>{}};
-
 // Where the keys and values of a block lie.
 struct Places {
   const char* rows[2 * kBlock];

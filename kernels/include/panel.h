@@ -5,8 +5,6 @@
 // into blocks: that is why a row's result does not depend on the rows beside it, nor on which op multiplied it.
 #pragma once
 
-#include <utility>
-
 #include "runs.h"
 
 namespace kvrun {
@@ -133,18 +131,11 @@ template <class S>
 using Tile = void (*)(const typename S::Weight*, int64_t, const typename S::X*, int64_t, float*, bool,
                       Ahead<typename S::Weight>);
 
+// With one panel, and with as many side by side as suit the height.
+template <class S, int kRow = 1>
+constexpr auto kTiles = by_height<kRows>([](auto height) -> Tile<S> { return tile<S, height(), 1, kRow>; });
 template <class S>
-struct Tiles {
-  Tile<S> one[kRows + 1] = {};
-  Tile<S> side_by_side[kRows + 1] = {};
-
-  template <int... R>
-  constexpr explicit Tiles(std::integer_sequence<int, R...>)
-      : one{nullptr, tile<S, R + 1, 1>...}, side_by_side{nullptr, tile<S, R + 1, panels_at_once(R + 1)>...} {}
-};
-
-template <class S>
-constexpr Tiles<S> kTiles{std::make_integer_sequence<int, kRows>{}};
+constexpr auto kSideBySide = by_height<kRows>([](auto height) -> Tile<S> { return tile<S, height(), panels_at_once(height())>; });
 
 // Calls f(Type<S>{}, Type<T>{}) with how a step multiplies, and the type of x.
 template <class F>
@@ -208,7 +199,7 @@ void multiply(const Product& product, const Rows& rows, const typename S::X* x, 
       const int64_t count = steps - step < block ? steps - step : block;
       for (int64_t t = 0; t < tiles; t++) {
         const int height = rows.height(down.first + t);
-        const Tile<S> run = taken > 1 ? kTiles<S>.side_by_side[height] : kTiles<S>.one[height];
+        const Tile<S> run = taken > 1 ? kSideBySide<S>[height] : kTiles<S>[height];
         const W* from = panel + step * step_size;
         const Ahead<W> ahead{from + reach + count * step_size * t / tiles, step_size / tiles};
         const typename S::X* tile_x = x + (rows.begin(down.first + t) * steps + step * height) * S::values;

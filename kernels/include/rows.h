@@ -1,11 +1,30 @@
 // Rows of x as a packed product takes them: cut into tiles of a few rows, each tile laid out input by input.
 #pragma once
 
+#include <utility>
+
 #include "thread_pool.h"
 #include "vec.h"
 
 namespace kvrun {
 namespace {
+
+// What a maker gives for each height of a tile; it is called with integral constants from 1 to the tallest.
+template <class T, int kTallest>
+struct ByHeight {
+  T made[kTallest];
+  constexpr const T& operator[](int height) const { return made[height - 1]; }
+};
+
+template <class F, int... I>
+constexpr auto by_height(F make, std::integer_sequence<int, I...>) {
+  return ByHeight<decltype(make(std::integral_constant<int, 1>{})), sizeof...(I)>{{make(std::integral_constant<int, I + 1>{})...}};
+}
+
+template <int kTallest, class F>
+constexpr auto by_height(F make) {
+  return by_height(make, std::make_integer_sequence<int, kTallest>{});
+}
 
 // Up to so many rows are laid out together, in tiles of nearly equal height, at most `tallest`.
 struct Rows {

@@ -196,7 +196,7 @@ void attend_block(const Call& call, const Queries& tile, int64_t block, const Wo
   for (int64_t p = 0; p * kPanel < count; p++)
     for (int64_t i = 0; i < runs.tiles; i++) {
       const W* panel = work.panels + p * work.steps * kPanel * S::inputs;
-      kTiles<S>.one[runs.height(i)](panel, 0, work.q + runs.begin(i) * work.steps * S::values, work.steps,
+      kTiles<S>[runs.height(i)](panel, 0, work.q + runs.begin(i) * work.steps * S::values, work.steps,
                                     work.scores + (p * tile.rows + runs.begin(i)) * kPanel, false,
                                     i ? Ahead<W>{panel, 0} : ahead.during<W>(work.steps, p * kPanel / 2, (p + 1) * kPanel / 2));
     }
@@ -216,7 +216,7 @@ void attend_block(const Call& call, const Queries& tile, int64_t block, const Wo
       const int64_t first = kBlock / 2 + kBlock / 2 * p / panels, last = kBlock / 2 + kBlock / 2 * (p + 1) / panels;
       const bool asks = i == 0 && first < last;
       const Ahead<W> next_rows = asks ? ahead.during<W>(count / S::inputs, first, last) : Ahead<W>{panel, 0};
-      kRowTiles<S, kRow>.one[runs.height(i)](panel, 0, work.shares + runs.begin(i) * kRow, count / S::inputs, out, true, next_rows);
+      kTiles<S, kRow>[runs.height(i)](panel, 0, work.shares + runs.begin(i) * kRow, count / S::inputs, out, true, next_rows);
     }
 }
 
