@@ -28,7 +28,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefe
 X86_LEVELS = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 # The only ops that gain from a level's last instruction; the others would be compiled twice for nothing.
-BF16_OPS = {"grouped_linear", "linear", "paged_attention", "quantized_linear"}
+BF16_OPS = {"grouped_linear", "linear", "paged_attention", "quantized_linear", "sgmv"}
 
 
 def find_compiler() -> str:

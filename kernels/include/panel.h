@@ -65,6 +65,26 @@ struct Widened<Bfloat16> {
   Floats add(const Spread& x, Floats sum) const { return fma(odd, x.odd, fma(even, x.even, sum)); }
 };
 
+#if defined(__AVX512BW__)
+// Up to 32 numbers of 16 bits, and zeros.
+inline __m512i load_halves(const void* from, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count < 32 ? (1u << (count > 0 ? count : 0)) - 1 : ~0u, from);
+}
+
+// Numbers of an even input and of the odd one after it, side by side for the outputs that they belong to.
+struct HalfPairs {
+  __m512i low, high;  // of the first 16 outputs, and the others
+  HalfPairs(__m512i even, __m512i odd) {
+    alignas(64) static constexpr uint16_t order[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    low = _mm512_permutex2var_epi16(even, _mm512_load_si512(order), odd);
+    high = _mm512_permutex2var_epi16(even, _mm512_load_si512(order + 32), odd);
+  }
+};
+#endif
+
 #if defined(__AVX512BF16__)
 // Both factors bfloat16: one instruction multiplies and adds a pair of inputs, in the same order for every tile.
 struct Dot {

@@ -109,7 +109,8 @@ def reference(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
 def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraTable) -> None:
     """Add x @ a.T @ bt of each segment to its rows and columns of y, in place; other rows cost nothing.
 
-    y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32.
+    y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32, but for
+    rows and adapters in bfloat16 on processors that multiply pairs of such, where it is rounded to one.
     A row's result is the same to the bit whether it is a segment alone or one of many in a run. On a GPU, a LoraTable may
     stand for the segments: a captured graph then computes what the table holds when it is replayed.
     """

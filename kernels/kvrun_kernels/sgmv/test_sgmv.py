@@ -59,14 +59,15 @@ def test_mixed_ranks_under_every_popularity(level, dtype, popularity, batch, clo
 @pytest.mark.punica_test
 @pytest.mark.parametrize("rank", RANKS)
 def test_rows_alone_and_in_a_run_have_the_same_bits(level, dtype, rank):
-    rows, inputs, columns = 37, 333, 1100
+    # Enough for tiles, with one thread and with several.
+    rows, inputs, columns = 133, 333, 1100
     a, bt = torch.randn(rank, inputs).to(dtype), torch.randn(rank, columns).to(dtype)
     x, y = torch.randn(rows, inputs).to(dtype), torch.randn(rows, columns).to(dtype)
     together, apart = y.clone(), y.clone()
     ops.lora(together, x, LoraSegments([Segment(0, rows, a, bt, 0)]))
     ops.lora(apart, x, LoraSegments(Segment(i, i + 1, a, bt, 0) for i in range(rows)))
     assert torch.equal(together, apart)
-    for start, stop in ((0, 1), (5, 7), (11, 36)):
+    for start, stop in ((0, 1), (5, 7), (11, 36), (3, 100)):
         alone = y[start:stop].clone()
         ops.lora(alone, x[start:stop], LoraSegments([Segment(0, stop - start, a, bt, 0)]))
         assert torch.equal(alone, together[start:stop])
