@@ -1,76 +1,98 @@
 // A block of keys and values as a packed product takes its right side (panel.h): keys in panels of 32, whose inputs are the
 // head's numbers; values in panels of 32 numbers of the head, whose inputs are the keys.
 //
-// An input, or a pair of bfloat16 inputs, is a word. Rows of other formats are widened to plain rows first.
+// An input, or a pair of bfloat16 inputs, is a word of a panel; stored rows become such on their way there (stored_words.h).
 #pragma once
 
-#include <type_traits>
-
 #include "online_softmax.h"
-#include "stored_rows.h"
+#include "stored_words.h"
 
 namespace kvrun {
 namespace {
 
-constexpr int64_t kWords = 16;  // words, and rows, that are transposed at a time
-
-// Word w of row k to to[w * kPanel + k], for kWords rows and at most as many words.
-#if defined(__AVX512F__)
-inline void transpose(uint32_t* to, const char* const* rows, int64_t offset, int64_t words) {
-  const __mmask16 some = __mmask16((1u << words) - 1);
-  __m512i s[16], all[16];
-  for (int k = 0; k < 16; k += 4) {
-    __m512i r[4];
-    for (int i = 0; i < 4; i++) r[i] = _mm512_maskz_loadu_epi32(some, rows[k + i] + offset);
-    const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-    const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    s[k] = _mm512_unpacklo_epi64(a, c);
-    s[k + 1] = _mm512_unpackhi_epi64(a, c);
-    s[k + 2] = _mm512_unpacklo_epi64(b, d);
-    s[k + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  // Quarter q of s[k + i] has word 4q + i of the rows from k on.
-  for (int i = 0; i < 4; i++) {
-    const __m512i a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0x44), d = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0xee);
-    all[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    all[4 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    all[8 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    all[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  if (words == kWords)
-    for (int w = 0; w < 16; w++) _mm512_storeu_si512(to + w * kPanel, all[w]);
-  else
-    for (int w = 0; w < words; w++) _mm512_storeu_si512(to + w * kPanel, all[w]);
-}
-#else
-inline void transpose(uint32_t* to, const char* const* rows, int64_t offset, int64_t words) {
-  for (int64_t k = 0; k < kWords; k++)
-    for (int64_t w = 0; w < words; w++) memcpy(to + w * kPanel + k, rows[k] + offset + 4 * w, 4);
-}
-#endif
-
-// A panel's part of `numbers` numbers of two rows, as pairs; the others of the panel are zero.
+// Up to so many bytes, and zeros.
+inline Floats::Words load_words(const char* from, int64_t bytes) {
 #if defined(__AVX512BW__)
-inline void interleave(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd, int64_t numbers) {
-  alignas(64) static constexpr uint16_t order[64] = {
-      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-  const __mmask32 some = numbers < kPanel ? (1u << numbers) - 1 : ~0u;
-  const __m512i a = _mm512_maskz_loadu_epi16(some, even), b = _mm512_maskz_loadu_epi16(some, odd);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(order), b));
-  _mm512_storeu_si512(to + kPanel, _mm512_permutex2var_epi16(a, _mm512_load_si512(order + 32), b));
+  return (Floats::Words)_mm512_maskz_loadu_epi8(bytes < 64 ? (1ull << bytes) - 1 : ~0ull, from);
+#else
+  Floats::Words words = {};
+  bytes < int64_t(sizeof words) ? memcpy(&words, from, bytes) : memcpy(&words, from, sizeof words);
+  return words;
+#endif
+}
+
+// Word w of each row to to[w], of up to `bytes` bytes and zeros; rows lie `apart`.
+#if defined(__AVX2__)
+inline void transpose(Floats::Words (&to)[lanes], const char* rows, int64_t apart, int64_t bytes) {
+#if defined(__AVX512F__)
+  using V = __m512i;
+  const auto low32 = [](V a, V b) { return _mm512_unpacklo_epi32(a, b); };
+  const auto high32 = [](V a, V b) { return _mm512_unpackhi_epi32(a, b); };
+  const auto low64 = [](V a, V b) { return _mm512_unpacklo_epi64(a, b); };
+  const auto high64 = [](V a, V b) { return _mm512_unpackhi_epi64(a, b); };
+#else
+  using V = __m256i;
+  const auto low32 = [](V a, V b) { return _mm256_unpacklo_epi32(a, b); };
+  const auto high32 = [](V a, V b) { return _mm256_unpackhi_epi32(a, b); };
+  const auto low64 = [](V a, V b) { return _mm256_unpacklo_epi64(a, b); };
+  const auto high64 = [](V a, V b) { return _mm256_unpackhi_epi64(a, b); };
+#endif
+  V s[lanes];
+#pragma GCC unroll 4
+  for (int k = 0; k < lanes; k += 4) {
+    V r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) r[i] = (V)load_words(rows + (k + i) * apart, bytes);
+    const V a = low32(r[0], r[1]), b = high32(r[0], r[1]), c = low32(r[2], r[3]), d = high32(r[2], r[3]);
+    s[k] = low64(a, c);
+    s[k + 1] = high64(a, c);
+    s[k + 2] = low64(b, d);
+    s[k + 3] = high64(b, d);
+  }
+  // Quarter q of s[k + i] has word 4q + i of the rows from k on; of shorter vectors there are halves.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+    const V a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);
+    const V c = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0x44), d = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0xee);
+    to[i] = (Floats::Words)_mm512_shuffle_i32x4(a, c, 0x88);
+    to[4 + i] = (Floats::Words)_mm512_shuffle_i32x4(a, c, 0xdd);
+    to[8 + i] = (Floats::Words)_mm512_shuffle_i32x4(b, d, 0x88);
+    to[12 + i] = (Floats::Words)_mm512_shuffle_i32x4(b, d, 0xdd);
+#else
+    to[i] = (Floats::Words)_mm256_permute2x128_si256(s[i], s[4 + i], 0x20);
+    to[4 + i] = (Floats::Words)_mm256_permute2x128_si256(s[i], s[4 + i], 0x31);
+#endif
+  }
 }
 #else
-inline void interleave(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd, int64_t numbers) {
-  for (int64_t d = 0; d < numbers; d++) {
-    to[2 * d] = even[d];
-    to[2 * d + 1] = odd[d];
+inline void transpose(Floats::Words (&to)[lanes], const char* rows, int64_t apart, int64_t bytes) {
+  for (int k = 0; k < lanes; k++) {
+    const Floats::Words row = load_words(rows + k * apart, bytes);
+    for (int w = 0; w < lanes; w++) to[w][k] = row[w];
   }
-  if (numbers < kPanel) memset(to + 2 * numbers, 0, (kPanel - numbers) * 2 * sizeof(Bfloat16));
 }
 #endif
+
+// What V vectors of a panel hold for one step: numbers i.. of a row, or of two as pairs; `count` and zeros.
+template <class Stored, int V>
+inline void step_of(Floats::Words (&to)[V], const char* const* rows, int64_t i, int64_t count) {
+  constexpr bool paired_up = std::is_same<typename Words<Stored>::Weight, Bfloat16>::value;
+#if defined(__AVX512BW__)
+  if constexpr (paired_up) {
+    using T = typename Stored::Number;
+    const HalfPairs pairs(halves_of<T>(rows[0], i, count), halves_of<T>(rows[1], i, count));
+    to[0] = (Floats::Words)pairs.low;
+    to[1] = (Floats::Words)pairs.high;
+    return;
+  }
+#endif
+  for (int v = 0; v < V; v++) {
+    const int64_t at = i + v * lanes, left = count - v * lanes;
+    const Floats first = some_of<Stored>(rows[0], at, left);
+    to[v] = paired_up ? paired(first, some_of<Stored>(rows[paired_up], at, left)) : (Floats::Words)first.raw;
+  }
+}
 
 // Where the keys and values of a block lie.
 struct Places {
@@ -99,59 +121,60 @@ struct Foresight {
   }
 };
 
-// The panels of a block, made of rows of `dim` numbers. `plain` has room for kBlock rows of `dim` numbers, rounded up to whole
-// vectors.
-template <class Stored, class W>
+// The panels of a block, made of rows of `dim` numbers in pages of so many tokens.
+template <class Stored>
 struct Packer {
-  W *panels, *plain;
-  int64_t dim;
+  using From = Words<Stored>;
+  using W = typename From::Weight;
   static constexpr int64_t inputs = Widened<W>::inputs;
-  // Whether rows lie in their pages as they are needed, in whole words.
-  bool in_place() const { return std::is_same<Stored, StoredRows<W>>::value && dim % inputs == 0; }
-  int64_t words() const { return (dim + inputs - 1) / inputs; }
+  W* panels;
+  int64_t dim, page_tokens;
 
-  // Widens the rows' first `numbers` numbers; says where they are then.
-  void widen(const char* const* from, int64_t count, int64_t numbers, const char** rows) const {
-    const int64_t padded = (numbers + lanes - 1) / lanes * lanes;
-    for (int64_t j = 0; j < count; j++) {
-      rows[j] = (const char*)(plain + j * padded);
-      Stored::read(plain + j * padded, from[j], numbers, dim);
-    }
-  }
-
-  // `count`: whole kWords of them.
-  void keys(const char* const* from, int64_t count, const Foresight& ahead) const {
-    const char* widened[kBlock];
-    if (!in_place()) widen(from, count, dim, widened);
-    const char* const* rows = in_place() ? from : widened;
-    for (int64_t j = 0; j < count; j += kWords) {
-      uint32_t* to = (uint32_t*)panels + j / kPanel * words() * kPanel + j % kPanel;
-      ahead.fetch(kBlock + j * 3 / 8, kBlock + (j + kWords) * 3 / 8);
-      for (int64_t w = 0; w < words(); w += kWords)
-        transpose(to + w * kPanel, rows + j, w * 4, words() - w < kWords ? words() - w : kWords);
-    }
-  }
-
-  // `numbers`: of each value, the rest of its row being something else.
-  void values(const char* const* from, int64_t count, int64_t numbers, const Foresight& ahead) const {
-    const char* widened[kBlock];
-    if (!in_place()) widen(from, count, numbers, widened);
-    const char* const* rows = in_place() ? from : widened;
-    for (int64_t j = 0; j < count; j += inputs) {
-      ahead.fetch(kBlock + kBlock * 5 / 8 + j * 3 / 8, kBlock + kBlock * 5 / 8 + (j + inputs) * 3 / 8);
-      for (int64_t d = 0; d < numbers; d += kPanel) {
-        W* to = panels + d * kBlock + j * kPanel;
-        const int64_t some = numbers - d < kPanel ? numbers - d : kPanel;
-        if constexpr (inputs == 2)
-          interleave(to, (const W*)rows[j] + d, (const W*)rows[j + 1] + d, some);
-        else
-          for (int64_t v = 0; v < kPanel; v += lanes) load_some((const W*)rows[j] + d + v, some - v).store(to + v);
+  // `count`: whole vectors of them.
+  void keys(const char* const* rows, int64_t count, const Foresight& ahead) const {
+    const int64_t words = (dim * Stored::size + 3) / 4, steps = (dim + inputs - 1) / inputs;
+    for (int64_t j = 0; j < count; j += lanes) {
+      ahead.fetch(kBlock + j * 3 / 8, kBlock + (j + lanes) * 3 / 8);
+      const bool near = in_one_page(rows + j);
+      const int64_t apart = near ? Stored::bytes(dim) : int64_t(sizeof(Floats::Words));
+      // What a last vector has too much the next panel overwrites.
+      uint32_t* to = (uint32_t*)panels + j / kPanel * steps * kPanel + j % kPanel;
+      for (int64_t w = 0; w < words; w += lanes) {
+        const int64_t bytes = dim * Stored::size - w * 4;
+        Floats::Words block[lanes], copies[lanes];
+        if (!near)
+          for (int i = 0; i < lanes; i++) copies[i] = load_words(rows[j + i] + w * 4, bytes);
+        transpose(block, near ? rows[j] + w * 4 : (const char*)copies, apart, bytes);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++, to += From::parts * kPanel) {
+          put<0>(to, block[i]);
+          if constexpr (From::parts == 2) put<1>(to + kPanel, block[i]);
+        }
       }
     }
   }
 
-  static Floats load_some(const W* from, int64_t count) {
-    return count >= lanes ? Floats::load(from) : count > 0 ? Floats::load(from, count) : Floats::zero();
+  // `numbers`: of each value, the rest of its row being something else.
+  void values(const char* const* rows, int64_t count, int64_t numbers, const Foresight& ahead) const {
+    for (int64_t j = 0; j < count; j += inputs) {
+      ahead.fetch(kBlock + kBlock * 5 / 8 + j * 3 / 8, kBlock + kBlock * 5 / 8 + (j + inputs) * 3 / 8);
+      for (int64_t d = 0; d < numbers; d += kPanel) {
+        Floats::Words words[kVectors];
+        step_of<Stored>(words, rows + j, d, numbers - d);
+        memcpy(panels + d * kBlock + j * kPanel, words, sizeof words);
+      }
+    }
+  }
+
+ private:
+  // Whether as many rows as there are lanes lie one after another.
+  bool in_one_page(const char* const* rows) const {
+    return page_tokens % lanes == 0 && rows[lanes - 1] - rows[0] == (lanes - 1) * Stored::bytes(dim);
+  }
+  template <int J>
+  static void put(uint32_t* to, Floats::Words words) {
+    const Floats::Words part = From::template part<J>(words);
+    memcpy(to, &part, sizeof part);
   }
 };
 

@@ -32,6 +32,9 @@ struct Scored {
     for (int64_t j = 0; j < begin; j++) *at(j) = kMinusInfinity;
     for (int64_t j = end; j < kBlock; j++) *at(j) = kMinusInfinity;
   }
+  void multiply(const float* scales) const {
+    for (int64_t j = 0; j < kBlock; j += lanes) (Floats::load(at(j)) * Floats::load(scales + j)).store(at(j));
+  }
   float most() const {
     Floats best = Floats::load(at(0));
     for (int64_t j = lanes; j < kBlock; j += lanes) best = max(Floats::load(at(j)), best);

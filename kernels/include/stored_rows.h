@@ -73,7 +73,9 @@ struct Float8E5m2 {
 };
 
 // A code from -127 to 127; the row's scale follows its codes.
-struct Int8Code {};
+struct Int8Code {
+  static Floats widened(CodeLanes code) { return __builtin_convertvector(to_words(code), Floats::Raw); }
+};
 
 // Calls f(begin, count) for a row's whole vectors, then for the rest of it.
 template <class F>
@@ -99,16 +101,15 @@ inline Floats load_floats(const T* from, int64_t count) {
   return count == Floats::width ? Floats::load(from) : Floats::load(from, count);
 }
 
-// Rows of dim numbers. `read` widens the first `count` of them and may write zeros up to whole vectors; `at` widens the
-// vector that begins at number i; `write` sets the first `count` and zeroes the rest.
+// Rows of dim numbers of type Number, `scaled` by a float32 of their own or not. `at` widens the vector that begins at number i,
+// without the scale; `write` sets the first `count` and zeroes the rest.
 template <class T>
 struct Rows8 {
+  using Number = T;
+  static constexpr bool scaled = false;
+  static constexpr int64_t size = 1;  // of a number
   static int64_t bytes(int64_t dim) { return dim; }
-  static Floats at(const char* row, int64_t i, int64_t) { return T::widened(load_codes(row + i, Floats::width)); }
-  template <class To>
-  static void read(To* to, const char* row, int64_t count, int64_t) {
-    by_vectors(count, [&](int64_t i, int64_t n) { T::widened(load_codes(row + i, n)).store(to + i); });
-  }
+  static Floats at(const char* row, int64_t i) { return T::widened(load_codes(row + i, Floats::width)); }
   template <class From>
   static void write(char* row, const From* from, int64_t count, int64_t dim) {
     by_vectors(count, [&](int64_t i, int64_t n) { store_codes(row + i, T::from(load_floats(from + i, n)), n); });
@@ -118,12 +119,11 @@ struct Rows8 {
 
 template <class T>
 struct StoredRows {
-  static int64_t bytes(int64_t dim) { return dim * int64_t(sizeof(T)); }
-  static Floats at(const char* row, int64_t i, int64_t) { return Floats::load((const T*)row + i); }
-  template <class To>
-  static void read(To* to, const char* row, int64_t count, int64_t) {
-    by_vectors(count, [&](int64_t i, int64_t n) { load_floats((const T*)row + i, n).store(to + i); });
-  }
+  using Number = T;
+  static constexpr bool scaled = false;
+  static constexpr int64_t size = sizeof(T);
+  static int64_t bytes(int64_t dim) { return dim * size; }
+  static Floats at(const char* row, int64_t i) { return Floats::load((const T*)row + i); }
   template <class From>
   static void write(char* row, const From* from, int64_t count, int64_t dim) {
     by_vectors(count, [&](int64_t i, int64_t n) {
@@ -144,18 +144,13 @@ template <>
 struct StoredRows<Float8E5m2> : Rows8<Float8E5m2> {};
 
 template <>
-struct StoredRows<Int8Code> {
+struct StoredRows<Int8Code> : Rows8<Int8Code> {
+  static constexpr bool scaled = true;
   static int64_t bytes(int64_t dim) { return dim + int64_t(sizeof(float)); }
-  static Floats scaled(const char* row, int64_t i, int64_t count, int64_t dim) {
+  static float scale(const char* row, int64_t dim) {
     float scale;
     memcpy(&scale, row + dim, sizeof scale);
-    const Floats code = __builtin_convertvector(to_words(load_codes(row + i, count)), Floats::Raw);
-    return code * Floats(scale);
-  }
-  static Floats at(const char* row, int64_t i, int64_t dim) { return scaled(row, i, Floats::width, dim); }
-  template <class To>
-  static void read(To* to, const char* row, int64_t count, int64_t dim) {
-    by_vectors(count, [&](int64_t i, int64_t n) { scaled(row, i, n, dim).store(to + i); });
+    return scale;
   }
   // The scale is the largest magnitude's 127th; NaN, over codes of 0, where a number is not finite.
   template <class From>

@@ -52,21 +52,21 @@ struct Work {
   using Row = Shares<X>;
   int64_t rows, steps;        // of a score
   X *q, *shares;              // [run of up to kRows rows] [step] [row], and [row] [Row::kRow]
-  W *panels, *plain;          // as Packer has them, of keys, then of values
-  float *scores, *tops, *keep;  // [panel] [row] [kPanel], and [row]
+  W* panels;                  // as Packer makes them, of keys, then of values
+  float *scales, *scores, *tops, *keep;  // of keys, then of values; [panel] [row] [kPanel]; [row]
   char* zeros;                // a stored vector of zeros
   float *split, *all;         // states
   Work(const Call& call, int64_t r) : rows(r), steps(steps_of<S>(call.dim)) {
-    const int64_t padded = rounded_up(call.dim, kPanel), whole = rounded_up(rows, lanes);
+    const int64_t padded = rounded_up(call.dim, 64), whole = rounded_up(rows, lanes);
     const int64_t state = State::floats(rows, call.value_panels());
     char* memory = (char*)scratch(kTask, bytes(rows * steps * S::values, sizeof(X)) + bytes(rows * Row::kRow, sizeof(X)) +
-                                             2 * bytes(kBlock * padded, sizeof(W)) + bytes(rows * kBlock, sizeof(float)) +
+                                             bytes(kBlock * padded, sizeof(W)) + bytes((rows + 2) * kBlock, sizeof(float)) +
                                              2 * bytes(whole, sizeof(float)) + bytes(call.row_bytes, 1) +
                                              2 * bytes(state, sizeof(float)));
     q = take<X>(memory, rows * steps * S::values);
     shares = take<X>(memory, rows * Row::kRow);
     panels = take<W>(memory, kBlock * padded);
-    plain = take<W>(memory, kBlock * padded);
+    scales = take<float>(memory, 2 * kBlock);
     scores = take<float>(memory, rows * kBlock);
     tops = take<float>(memory, whole);
     keep = take<float>(memory, whole);
@@ -136,13 +136,14 @@ void to_logits(const Call& call, const Scored& row, int64_t head, int64_t distan
 }
 
 // Moves the rows' maxima on, and says in work.keep how much of what came before remains.
-template <class S>
+template <class Stored, class S>
 void find_tops(const Call& call, const Queries& tile, int64_t block, const Work<S>& work, State state) {
   const bool plain = is_plain(call);
   for (int64_t r = 0; r < tile.rows; r++) {
     const Scored row = scored(call, tile, block, work.scores, r);
     float top = kMinusInfinity;
     if (row.begin < row.end) {
+      if (Stored::scaled) row.multiply(work.scales);
       if (!plain) to_logits(call, row, tile.query_head(r), tile.position(r) - block);
       if (row.begin > 0 || row.end < kBlock) row.hide();
       // Scores that are no numbers are not the largest; beside a top that is a number their shares are NaN.
@@ -161,7 +162,7 @@ void find_tops(const Call& call, const Queries& tile, int64_t block, const Work<
 }
 
 // Turns a row's scores into its shares of the block, and adds these to its sum.
-template <class S>
+template <class Stored, class S>
 void share_out(const Call& call, const Queries& tile, int64_t block, const Work<S>& work, State state, int64_t r) {
   using Row = typename Work<S>::Row;
   const Scored row = scored(call, tile, block, work.scores, r);
@@ -177,7 +178,12 @@ void share_out(const Call& call, const Queries& tile, int64_t block, const Work<
     const Floats high = Row::of(fma(Floats::load(row.at(j + lanes)), factor, top));
     sums = sums + low;
     sums = sums + high;
-    Row::put(shares, low, high);
+    if constexpr (Stored::scaled) {
+      const float* scales = work.scales + kBlock + j;
+      Row::put(shares, low * Floats::load(scales), high * Floats::load(scales + lanes));
+    } else {
+      Row::put(shares, low, high);
+    }
   }
   sums.store(state.total + r * lanes);
 }
@@ -189,21 +195,23 @@ void attend_block(const Call& call, const Queries& tile, int64_t block, const Wo
   const Foresight ahead{next, call.row_bytes};
   using W = typename S::Weight;
   constexpr int kRow = Work<S>::Row::kRow;
-  const Packer<Stored, W> packer{work.panels, work.plain, call.dim};
-  const int64_t count = at_most(rounded_up(tile.end_key - block, kWords), kBlock);
+  const Packer<Stored> packer{work.panels, call.dim, call.page_tokens};
+  const int64_t count = at_most(rounded_up(tile.end_key - block, lanes), kBlock);
   const Rows runs(tile.rows, kRows);
   packer.keys(here.keys(), count, ahead);
   for (int64_t p = 0; p * kPanel < count; p++)
     for (int64_t i = 0; i < runs.tiles; i++) {
       const W* panel = work.panels + p * work.steps * kPanel * S::inputs;
       kTiles<S>[runs.height(i)](panel, 0, work.q + runs.begin(i) * work.steps * S::values, work.steps,
-                                    work.scores + (p * tile.rows + runs.begin(i)) * kPanel, false,
-                                    i ? Ahead<W>{panel, 0} : ahead.during<W>(work.steps, p * kPanel / 2, (p + 1) * kPanel / 2));
+                                work.scores + (p * tile.rows + runs.begin(i)) * kPanel, false,
+                                i ? Ahead<W>{panel, 0} : ahead.during<W>(work.steps, p * kPanel / 2, (p + 1) * kPanel / 2));
     }
-  find_tops(call, tile, block, work, state);
+  if constexpr (Stored::scaled)
+    for (int64_t i = 0; i < 2 * kBlock; i++) work.scales[i] = Stored::scale(here.rows[i], call.dim);
+  find_tops<Stored>(call, tile, block, work, state);
   for (int64_t r = 0; r < tile.rows; r++) {
     ahead.fetch(kBlock + 24 + 16 * r / tile.rows, kBlock + 24 + 16 * (r + 1) / tile.rows);
-    share_out(call, tile, block, work, state, r);
+    share_out<Stored>(call, tile, block, work, state, r);
   }
   packer.values(here.values(), count, call.value_dim, ahead);
   const int64_t panels = call.value_panels();
@@ -349,18 +357,16 @@ void attend_apart(const Call& call, Queries* tiles, int64_t count) {
   });
 }
 
-// Calls f(Type<S>{}) with how a step multiplies: pairs of bfloat16 where queries are such and it holds what the pool does (of
-// an int8 code times its scale, all but a last bit), else float32.
+// Calls f(Type<S>{}) with how a step multiplies what the pool's words become: pairs of bfloat16 where queries are such too, else
+// float32.
 template <class Stored, class F>
 void with_products([[maybe_unused]] const Call& call, const F& f) {
+  using W = typename Words<Stored>::Weight;
 #if defined(__AVX512BF16__)
-  if constexpr (!std::is_same<Stored, StoredRows<float>>::value && !std::is_same<Stored, StoredRows<Float16>>::value)
+  if constexpr (std::is_same<W, Bfloat16>::value)
     if (call.q_dtype == 1) return f(Type<Dot>{});
 #endif
-  if constexpr (std::is_same<Stored, StoredRows<Bfloat16>>::value)
-    f(Type<Widened<Bfloat16>>{});
-  else
-    f(Type<Widened<float>>{});
+  f(Type<Widened<W>>{});
 }
 
 }  // namespace
