@@ -16,6 +16,13 @@ def test_shapes_and_dtypes(level, dtype, rows, width, weighted, biased, close):
     close(ops.layer_norm(x, weight, bias, 1e-5), reference(x, weight, bias, 1e-5), factor=2)
 
 
+def test_heads_of_a_fused_projection_are_read_in_place(level, dtype, close):
+    x = torch.randn(5, 90).to(dtype)[:, 8 : 8 + 4 * 17].unflatten(1, (4, 17))
+    found = ops.layer_norm(x, None, None, 1e-5)
+    assert torch.equal(found, ops.layer_norm(x.reshape(20, 17), None, None, 1e-5).view(5, 4, 17))
+    close(found, reference(x, None, None, 1e-5), factor=2)
+
+
 def test_a_row_has_the_same_bits_in_every_batch(level, dtype):
     x, weight, bias = torch.randn(70, 1001).to(dtype), torch.randn(1001), torch.randn(1001)
     alone = torch.cat([ops.layer_norm(x[i : i + 1], weight, bias, 1e-5) for i in range(70)])

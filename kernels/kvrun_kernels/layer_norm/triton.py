@@ -9,11 +9,13 @@ from kvrun_kernels.tiles import rounded, up_to_power
 
 
 @triton.jit
-def _normalise(out, x, weight, bias, width, x_stride, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _normalise(
+    out, x, weight, bias, width, parts, x_stride, part_stride, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     held = at < width
-    values = tl.load(x + row * x_stride + at, held, other=0.0).to(tl.float32)
+    values = tl.load(x + row // parts * x_stride + row % parts * part_stride + at, held, other=0.0).to(tl.float32)
     centred = tl.where(held, values - tl.sum(values) / width, 0.0)
     normal = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
     if WEIGHT:
@@ -25,10 +27,11 @@ def _normalise(out, x, weight, bias, width, x_stride, eps, WEIGHT: tl.constexpr,
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = up_to_power(x.shape[1])
-    if x.shape[0]:
-        _normalise[(x.shape[0],)](
-            out, x, x if weight is None else weight, x if bias is None else bias, x.shape[1], x.stride(0), eps,
+    rows, parts = x.shape[:-1].numel(), x.shape[1] if x.dim() == 3 else 1
+    block = up_to_power(x.shape[-1])
+    if rows:
+        _normalise[(rows,)](
+            out, x, x if weight is None else weight, x if bias is None else bias, x.shape[-1], parts, x.stride(0), x.stride(-2), eps,
             WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=block, num_warps=up_to_power(block // 512, 1, 16),
         )  # fmt: skip
     return out

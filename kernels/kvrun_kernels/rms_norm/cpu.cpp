@@ -29,16 +29,18 @@ void norm_row(X* out, const X* x, const W* weight, int64_t width, float eps, flo
 }  // namespace kvrun
 
 KVRUN_OP(rms_norm)
-(void* out, const void* x, const void* weight, int64_t rows, int64_t width, int64_t stride, float eps, float offset,
- int64_t x_dtype, int64_t weight_dtype) {
+(void* out, const void* x, const void* weight, int64_t rows, int64_t parts, int64_t width, int64_t stride,
+ int64_t part_stride, float eps, float offset, int64_t x_dtype, int64_t weight_dtype) {
   using namespace kvrun;
   with_dtype(x_dtype, [&](auto x_type) {
     with_dtype(weight_dtype, [&](auto weight_type) {
       using X = typename decltype(x_type)::type;
       using W = typename decltype(weight_type)::type;
-      parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-          norm_row((X*)out + r * width, (const X*)x + r * stride, (const W*)weight, width, eps, offset);
+      parallel_rows(rows * parts, width, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+          const X* from = (const X*)x + r / parts * stride + r % parts * part_stride;
+          norm_row((X*)out + r * width, from, (const W*)weight, width, eps, offset);
+        }
       });
     });
   });

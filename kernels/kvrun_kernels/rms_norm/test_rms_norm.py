@@ -19,6 +19,14 @@ def test_float32_weights_and_strided_rows(level, close):
     close(ops.rms_norm(x, weight, 1e-5), reference(x, weight, 1e-5))
 
 
+def test_heads_of_a_fused_projection_are_read_in_place(level, dtype, close):
+    fused, weight = torch.randn(5, 90).to(dtype), torch.randn(17)
+    x = fused[:, 8 : 8 + 4 * 17].unflatten(1, (4, 17))
+    found = ops.rms_norm(x, weight, 1e-5)
+    assert torch.equal(found, ops.rms_norm(x.reshape(20, 17), weight, 1e-5).view(5, 4, 17))
+    close(found, reference(x, weight, 1e-5))
+
+
 def test_a_row_has_the_same_bits_in_every_batch(level, dtype):
     x, weight = torch.randn(70, 1001).to(dtype), torch.randn(1001).to(dtype)
     alone = torch.cat([ops.rms_norm(x[i : i + 1], weight, 1e-5) for i in range(70)])

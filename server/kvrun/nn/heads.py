@@ -42,7 +42,7 @@ class PerHead:
 
 
 def _each(x: Tensor, norm: Norm, scale: Tensor | None) -> Tensor:
-    y = norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+    y = norm(x)
     return y if scale is None else y * scale
 
 

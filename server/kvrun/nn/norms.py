@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvrun.spec import norms as spec
 
-Norm = Callable[[Tensor], Tensor]  # [T, hidden] -> [T, hidden], a new tensor
+Norm = Callable[[Tensor], Tensor]  # [T, hidden] or [T, heads, dim] -> the same shape, a new tensor
 
 
 @dataclass(frozen=True)
