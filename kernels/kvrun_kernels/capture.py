@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvrun_kernels.recording import Uncompiled
 
 # Ops that PyTorch marks so wait for the device: their results, or the shapes of them, depend on numbers.
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -41,7 +42,7 @@ def obstacle(run: Callable[[], None]) -> str:
     return watch.found
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Uncompiled):
     """Notes the first op after which the host would know something of the device's numbers, or the device read the host's memory."""
 
     def __init__(self) -> None:

@@ -50,16 +50,20 @@ class Arena:
         return self._blocks[self._block][first : first + size].view(dtype).view(*shape)
 
 
-class Recording(TorchDispatchMode):
+class Uncompiled(TorchDispatchMode):
+    """A mode that sees ops of which none is compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to skip the compiler PyTorch would first import it, which takes seconds of whatever comes first."""
+        return False
+
+
+class Recording(Uncompiled):
     """Within `with`: notes every native call that this thread makes, and gives ops their results' memory from an arena.
 
     The pass runs as it would without. Whoever replays it must hold every tensor that it read or wrote, and the arena.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: nothing here is compiled, and to skip the compiler PyTorch would first import it, seconds within a server's first request."""
-        return False
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
