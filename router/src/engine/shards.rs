@@ -104,7 +104,9 @@ async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
         pages: least(|grant| grant.pages),
         adapter_bytes: least(|grant| grant.adapter_bytes),
         // Every rank makes the same captures, since they meet within them.
-        captured: granted.first().map_or_else(Vec::new, |grant| grant.captured.clone()),
+        captured: granted
+            .first()
+            .map_or_else(Vec::new, |grant| grant.captured.clone()),
     };
     if granted.iter().any(|grant| *grant != least) {
         asked.epoch = *last_epoch + 1;
