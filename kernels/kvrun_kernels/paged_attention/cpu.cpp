@@ -178,12 +178,9 @@ void share_out(const Call& call, const Queries& tile, int64_t block, const Work<
     const Floats high = Row::of(fma(Floats::load(row.at(j + lanes)), factor, top));
     sums = sums + low;
     sums = sums + high;
-    if constexpr (Stored::scaled) {
-      const float* scales = work.scales + kBlock + j;
-      Row::put(shares, low * Floats::load(scales), high * Floats::load(scales + lanes));
-    } else {
-      Row::put(shares, low, high);
-    }
+    const float* scales = work.scales + kBlock + j;
+    const auto scaled = [](Floats share, const float* by) { return Stored::scaled ? share * Floats::load(by) : share; };
+    Row::put(shares, scaled(low, scales), scaled(high, scales + lanes));
   }
   sums.store(state.total + r * lanes);
 }
@@ -214,8 +211,7 @@ void attend_block(const Call& call, const Queries& tile, int64_t block, const Wo
     share_out<Stored>(call, tile, block, work, state, r);
   }
   packer.values(here.values(), count, call.value_dim, ahead);
-  const int64_t panels = call.value_panels();
-  for (int64_t p = 0; p < panels; p++)
+  for (int64_t p = 0, panels = call.value_panels(); p < panels; p++)
     for (int64_t i = 0; i < runs.tiles; i++) {
       const W* panel = work.panels + p * kBlock * kPanel;
       float* out = state.out + (p * tile.rows + runs.begin(i)) * kPanel;
