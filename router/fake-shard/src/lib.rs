@@ -188,6 +188,11 @@ impl Watch {
         self.seen().0.push(format!("rank {rank}: {text}"));
     }
 
+    /// An epoch began, and with it an empty ledger.
+    pub(crate) fn begin(&self) {
+        self.seen().1 = Usage::default();
+    }
+
     pub(crate) fn usage(&self, _rank: u32, ledger: &Ledger, step: &Step) {
         let usage = Usage {
             sequences: ledger.live(),
@@ -209,7 +214,7 @@ impl Watch {
         self.seen().0.clone()
     }
 
-    /// What was held after the last step.
+    /// What was held after the last step; nothing where the epoch has had none.
     pub fn last(&self) -> Usage {
         self.seen().1
     }

@@ -180,6 +180,7 @@ impl ModelShard for Shard {
             .options
             .sizes(pages, asked.step_tokens, asked.sequences);
         state.ledger = Ledger::new(sizes);
+        self.watch.begin();
         Ok(Response::new(Reservation {
             pages,
             adapter_bytes,
