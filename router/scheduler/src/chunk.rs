@@ -1,4 +1,4 @@
-//! How many prompt tokens go beside decoding rows: as many as hold up their next token about as long as it takes anyway.
+//! How many prompt tokens go beside decoding rows: as many as hold up their next token by less than it takes anyway.
 //!
 //! On a machine where a prompt's tokens cost far more than the weights that a step reads, a step filled up with a prompt
 //! stalls every stream for its time. How long steps take decides, so nobody has to say how fast the machine is. Answers
@@ -10,8 +10,9 @@ use crate::Time;
 const LEAST: f64 = 8.0;
 /// What they get before anything is known.
 const FIRST: f64 = 16.0;
-/// A step that computes prompts beside decoding rows may take so many times what these take alone.
-const SLOWDOWN: f64 = 2.0;
+/// A step that computes prompts beside decoding rows may take so many times what these take alone: steps differ by themselves,
+/// and the slowest in a hundred shall stay below 2.5 times.
+const SLOWDOWN: f64 = 1.75;
 /// What is allowed grows by at most so much from a step to the next and falls at once: streams notice the slowest steps.
 const GROWTH: f64 = 1.5;
 /// Less counts as so much, in seconds.
@@ -84,11 +85,11 @@ mod tests {
     }
 
     #[test]
-    fn a_step_with_a_prompt_settles_at_twice_the_time_without() {
+    fn a_step_with_a_prompt_settles_at_seven_quarters_of_the_time_without() {
         for (alone, each) in [(60_000, 1000), (60_000, 3000), (10_000, 20)] {
             let tokens = settled(&mut Chunk::default(), 40, alone, each);
             let took = alone + each * u64::from(tokens);
-            assert!((19 * alone..=20 * alone).contains(&(10 * took)), "{tokens}");
+            assert!((33 * alone..=35 * alone).contains(&(20 * took)), "{tokens}");
         }
     }
 
