@@ -36,8 +36,8 @@ class PackedQuantized:
     """
 
     __slots__ = (
-        "block", "codes", "exact_in_bfloat16", "group", "in_features", "integers", "offsets", "out_features", "panels", "scales", "table",
-        "units",
+        "block", "codes", "exact_in_bfloat16", "first", "group", "in_features", "integers", "offsets", "out_features", "panels", "scales",
+        "table", "units",
     )  # fmt: skip
 
     def __init__(
@@ -61,8 +61,9 @@ class PackedQuantized:
         self.block = block  # groups that share a unit; 0 without units
         self.out_features, self.in_features = shape
         self.group = group  # inputs; the last group may be shorter
+        self.first = float(table[0])  # what code 0 stands for
         # Whole numbers apart by one can be counted, so that inputs of 8 bits may meet them.
-        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0, device=table.device) + table[0].round())
+        counted = codes == torch.uint8 and torch.equal(table, torch.arange(16.0, device=table.device) + round(self.first))
         self.integers = codes == torch.int8 or counted
         # Where this holds, inputs of bfloat16 may meet the codes in bfloat16: nothing is rounded.
         self.exact_in_bfloat16 = codes == torch.int8 or (codes == torch.uint8 and torch.equal(table, table.bfloat16().float()))

@@ -16,22 +16,7 @@ class QuantizedRows(PackedQuantized):
     upper · scales and offsets [groups, out] · units [blocks * (1 or 2), out]
     """
 
-    __slots__ = ("first",)
-
-    def __init__(
-        self,
-        codes: torch.dtype,
-        panels: Tensor,
-        scales: Tensor,
-        offsets: Tensor | None,
-        table: Tensor,
-        group: int,
-        shape: tuple[int, int],
-        units: Tensor | None = None,
-        block: int = 0,
-    ):
-        super().__init__(codes, panels, scales, offsets, table, group, shape, units, block)
-        self.first = float(table[0])  # what code 0 stands for, where codes are counted
+    __slots__ = ()
 
     @property
     def narrow(self) -> torch.dtype | None:
