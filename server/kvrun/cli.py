@@ -57,8 +57,8 @@ def _load(config: ServeConfig) -> Engine:
         kvrun_kernels.set_num_threads(config.num_threads)
     torch.set_num_threads(kvrun_kernels.get_num_threads())
     device = devices.choose(config.device, config.rank, config.cuda_memory_fraction)
-    devices.refuse_for_cpus(device, {"--packed-cache": config.packed_cache is not None})
-    devices.refuse_for_gpus(device, {"--cuda-graphs": bool(config.cuda_graphs)})
+    devices.refuse_unless("cpu", device, {"--packed-cache": config.packed_cache is not None})
+    devices.refuse_unless("cuda", device, {"--cuda-graphs": bool(config.cuda_graphs)})
     devices.serving(device, config.strict_kernels)
     device.begin()
     try:

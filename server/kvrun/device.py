@@ -22,6 +22,7 @@ from kvrun.errors import DeviceError, Unsupported
 T = TypeVar("T")
 log = logging.getLogger("kvrun.device")
 
+ABLE = {"cpu": "the kernels for CPUs", "cuda": "GPUs"}
 CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 LINE = 16  # bytes, of the widest load: every tensor of a copy begins at a multiple of it
 BFLOAT16 = (8, 0)  # the first compute capability whose tensor cores multiply bfloat16
@@ -223,18 +224,11 @@ def announce(device: Device, kernels: Mapping[str, str], activation_dtype: str) 
     log.info("computes on %s", device.describe(), extra={"fields": told})
 
 
-def refuse_for_cpus(device: Device, asked: dict[str, bool]) -> None:
-    """Raises Unsupported for what was asked of a GPU and only CPUs do, by its flag."""
+def refuse_unless(kind: str, device: Device, asked: dict[str, bool]) -> None:
+    """Raises Unsupported for what was asked of a device and only those of another kind do, by its flag. kind: of ABLE"""
     named = [flag for flag, is_set in asked.items() if is_set]
-    if named and not isinstance(device, Cpu):
-        raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only the kernels for CPUs do that; leave it out")
-
-
-def refuse_for_gpus(device: Device, asked: dict[str, bool]) -> None:
-    """Raises Unsupported for what was asked of CPUs and only GPUs do, by its flag."""
-    named = [flag for flag, is_set in asked.items() if is_set]
-    if named and isinstance(device, Cpu):
-        raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only GPUs do that; leave it out")
+    if named and device.place.type != kind:
+        raise Unsupported(f"{', '.join(named)} was asked for on {device.place}, and only {ABLE[kind]} do that; leave it out")
 
 
 def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from driver import Driver, Ranks
 from elsewhere import GIB, LAUNCHES, Mixed, gpus, interpreting, need, settle
-from kvrun.device import Cpu, Cuda, choose, refuse_for_cpus, refuse_for_gpus, serving
+from kvrun.device import Cpu, Cuda, choose, refuse_unless, serving
 from kvrun.dist import Group
 from kvrun.engine.sampling import Sampling
 from kvrun.errors import DeviceError, Unsupported
@@ -107,17 +107,17 @@ def test_strict_kernels_name_the_ops_that_plain_pytorch_would_serve():
 
 
 def test_what_only_cpus_do_is_refused_on_a_gpu_by_its_flag():
-    refuse_for_cpus(Cpu(), {"--packed-cache": True})
-    refuse_for_cpus(Cuda(0), {"--packed-cache": False})
+    refuse_unless("cpu", Cpu(), {"--packed-cache": True})
+    refuse_unless("cpu", Cuda(0), {"--packed-cache": False})
     with pytest.raises(Unsupported, match=r"^--packed-cache was asked for on cuda:0"):
-        refuse_for_cpus(Cuda(0), {"--packed-cache": True})
+        refuse_unless("cpu", Cuda(0), {"--packed-cache": True})
 
 
 def test_what_only_gpus_do_is_refused_on_cpus_by_its_flag():
-    refuse_for_gpus(Cuda(0), {"--cuda-graphs": True})
-    refuse_for_gpus(Cpu(), {"--cuda-graphs": False})
+    refuse_unless("cuda", Cuda(0), {"--cuda-graphs": True})
+    refuse_unless("cuda", Cpu(), {"--cuda-graphs": False})
     with pytest.raises(Unsupported, match=r"^--cuda-graphs was asked for on cpu, and only GPUs do that"):
-        refuse_for_gpus(Cpu(), {"--cuda-graphs": True})
+        refuse_unless("cuda", Cpu(), {"--cuda-graphs": True})
 
 
 @pytest.mark.parametrize("gpu", ["stand-in"], indirect=True)
