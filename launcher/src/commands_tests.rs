@@ -5,14 +5,7 @@ use crate::plan::KvCache;
 use crate::threads::Threads;
 
 fn whole(flags: &[&str], variables: &[(&str, &str)]) -> [Invocation; 2] {
-    let variables = variables
-        .iter()
-        .map(|(key, value)| (key.into(), value.into()))
-        .collect();
-    let environment = Environment::from_variables(
-        variables,
-        PathBuf::from("/opt/bin/text-generation-launcher"),
-    );
+    let environment = Environment::of(variables);
     let args =
         Args::try_parse_from([&["launcher", "--model-id=org/m"], flags].concat()).expect("flags");
     let settings = Settings::check(args, &environment).expect("settings");

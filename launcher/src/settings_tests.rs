@@ -8,14 +8,7 @@ fn check(flags: &[&str]) -> Result<Settings, Failure> {
 }
 
 fn check_with(flags: &[&str], variables: &[(&str, &str)]) -> Result<Settings, Failure> {
-    let variables = variables
-        .iter()
-        .map(|(key, value)| (key.into(), value.into()))
-        .collect();
-    let environment = Environment::from_variables(
-        variables,
-        PathBuf::from("/opt/bin/text-generation-launcher"),
-    );
+    let environment = Environment::of(variables);
     let args = Args::try_parse_from([&["text-generation-launcher"], flags].concat())
         .expect("flags that exist");
     Settings::check(args, &environment)

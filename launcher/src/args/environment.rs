@@ -139,29 +139,33 @@ impl Environment {
 }
 
 #[cfg(test)]
+impl Environment {
+    /// That of a launcher in /opt/bin with these variables.
+    pub fn of(pairs: &[(&str, &str)]) -> Self {
+        let variables = pairs.iter().map(|(key, value)| (key.into(), value.into()));
+        let program = PathBuf::from("/opt/bin/text-generation-launcher");
+        Self::from_variables(variables.collect(), program)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
-    fn environment(pairs: &[(&str, &str)]) -> Environment {
-        let variables = pairs
-            .iter()
-            .map(|(key, value)| (key.into(), value.into()))
-            .collect();
-        Environment::from_variables(
-            variables,
-            PathBuf::from("/opt/bin/text-generation-launcher"),
-        )
-    }
-
     #[test]
     fn a_container_s_name_is_no_address() {
-        assert_eq!(environment(&[("HOSTNAME", "4f1c2d9e8a")]).hostname, None);
         assert_eq!(
-            environment(&[("HOSTNAME", "0.0.0.0")]).hostname.as_deref(),
+            Environment::of(&[("HOSTNAME", "4f1c2d9e8a")]).hostname,
+            None
+        );
+        assert_eq!(
+            Environment::of(&[("HOSTNAME", "0.0.0.0")])
+                .hostname
+                .as_deref(),
             Some("0.0.0.0")
         );
         assert_eq!(
-            environment(&[("HOSTNAME", "::1")]).hostname.as_deref(),
+            Environment::of(&[("HOSTNAME", "::1")]).hostname.as_deref(),
             Some("::1")
         );
     }
@@ -192,9 +196,9 @@ mod tests {
 
     #[test]
     fn siblings_lie_beside_the_program() {
-        assert_eq!(environment(&[]).programs, PathBuf::from("/opt/bin"));
+        assert_eq!(Environment::of(&[]).programs, PathBuf::from("/opt/bin"));
         assert_eq!(
-            environment(&[("KVRUN_BIN_DIR", "/x")]).programs,
+            Environment::of(&[("KVRUN_BIN_DIR", "/x")]).programs,
             PathBuf::from("/x")
         );
     }
