@@ -14,6 +14,7 @@ from adapters import ADAPTERS, write_adapter
 from driver import Ranks
 from elsewhere import computing, gpus, need
 from kvrun.device import Cuda
+from kvrun.nn.loaded import LoadedModel
 from ragged import WORLDS, ranks
 from tiny import write_checkpoint
 
@@ -88,3 +89,19 @@ def engines(checkpoint, tmp_path_factory):
         return made[row, world]
 
     return reserved
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """The logits of every forward pass, as rank 0 has them."""
+    passes: list[torch.Tensor] = []
+    forward = LoadedModel.forward
+
+    def listen(self, batch, *rest):
+        logits = forward(self, batch, *rest)
+        if logits is not None:
+            passes.append(logits)
+        return logits
+
+    monkeypatch.setattr(LoadedModel, "forward", listen)
+    return passes

@@ -8,7 +8,6 @@ All of it is computed by transformers and peft: what this server answers chooses
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import count
@@ -23,33 +22,11 @@ from test_lora_rows import ADAPTER, ASKED
 from test_moe import PARAMETERS, PREFIXES, experts_adapters
 from test_parity import prompts
 from tiny import ROWS, distance, oracle_model, row_of, write_checkpoint
-from torch.overrides import TorchFunctionMode
+from wide import wide
 
 SETTLED = 5e-5  # standard deviations of the logits
 NUDGES = 4
 Logits = Callable[[torch.nn.Module], torch.Tensor]
-
-
-class Wide(TorchFunctionMode):
-    """Computes in float64 what transformers computes in float32 whatever a model's dtype is."""
-
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        """Calls the function with the one type in the place of the other."""
-        wide = {torch.float32: torch.float64}
-        function = torch.Tensor.double if function is torch.Tensor.float else function
-        arguments = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in arguments]
-        return function(*arguments, **{name: wide.get(a, a) if isinstance(a, torch.dtype) else a for name, a in (named or {}).items()})
-
-
-@contextmanager
-def wide() -> Iterator[None]:
-    """Everything in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Wide():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def moved(model: torch.nn.Module, logits: Logits) -> Iterator[float]:

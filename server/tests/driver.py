@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,22 +31,30 @@ class Ranks:
         load_model: Callable[..., LoadedModel] = load_model,
         captured: Sequence[int] = (),
         budget: MemoryBudget | None = None,
+        arithmetic: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self._threads = ThreadPoolExecutor(world)
+        """arithmetic: what every call is made within, on a thread of its own"""
+        self._threads, self._arithmetic = ThreadPoolExecutor(world), arithmetic
         self.world = world
 
         def load(rank: int) -> Engine:
             torch.set_num_threads(1)
             group = Group.join(rendezvous, rank, world, timeout_s=60) if world > 1 else Group.single()
-            model = load_model(folder, dtype=dtype, group=group, quantize=quantize)
-            return Engine(model, group, budget or MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=captured)
+            with arithmetic():
+                model = load_model(folder, dtype=dtype, group=group, quantize=quantize)
+                return Engine(model, group, budget or MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=captured)
 
         self.engines = list(self._threads.map(load, range(world)))
         self.each(lambda engine: engine.warm())
 
     def each(self, call: Callable[[Engine], object]) -> list:
         """What the call returns on every rank, run on all of them at once."""
-        return list(self._threads.map(call, self.engines))
+
+        def within(engine: Engine) -> object:
+            with self._arithmetic():
+                return call(engine)
+
+        return list(self._threads.map(within, self.engines))
 
     def reserve(self, pages: int = PAGES, adapter_bytes: int = 0) -> None:
         """Forget everything."""

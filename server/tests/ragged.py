@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from kvrun.lora.table import LoraBatch, Run
 from kvrun.nn.batch import ForwardBatch, MemoryRows, SlotRows
 from kvrun.nn.build import load_model
 from tiny.row import SOURCE
+from wide import wide
 
 PAGE_TOKENS, PAGES, SLOTS = 4, 512, 64
 WORLDS = (1, 2, 3, 4)
@@ -22,6 +23,15 @@ class Runner:
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or Group.single()
+        self._arithmetic = ExitStack()
+
+    def widen(self) -> None:
+        """Compute in float64 what is loaded from here on."""
+        self._arithmetic.enter_context(wide())
+
+    def narrow(self) -> None:
+        """Compute as ever again."""
+        self._arithmetic.close()
 
     def load(self, folder: Path, dtype: str = "float32", **how: object) -> None:
         """Load a model and forget every sequence. how: what load_model takes beside these"""

@@ -19,7 +19,6 @@ from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.errors import ProtocolError
 from kvrun.nn.build import load_model
-from kvrun.nn.loaded import LoadedModel
 from kvrun.nn.vision.sight import Sight
 from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.spec import Bounded, Residual
@@ -44,22 +43,6 @@ SEVERAL_TEXTS = {
 def oracle(checkpoint):
     """row -> transformers' side of it."""
     return cache(lambda row: Oracle(checkpoint(row)))
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    """The logits of every forward pass, as rank 0 has them."""
-    passes: list[torch.Tensor] = []
-    forward = LoadedModel.forward
-
-    def listen(self, batch, *rest):
-        logits = forward(self, batch, *rest)
-        if logits is not None:
-            passes.append(logits)
-        return logits
-
-    monkeypatch.setattr(LoadedModel, "forward", listen)
-    return passes
 
 
 def expected(oracle: Oracle, tokens: list[int], parts: list) -> torch.Tensor:

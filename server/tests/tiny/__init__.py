@@ -26,7 +26,12 @@ _written: dict[Path, Row] = {}
 
 
 def write_checkpoint(
-    row: str, folder: Path, edit: Callable[[dict], dict] = lambda config: config, seed: int | None = None, **save: object
+    row: str,
+    folder: Path,
+    edit: Callable[[dict], dict] = lambda config: config,
+    seed: int | None = None,
+    settled: bool = True,
+    **save: object,
 ) -> Path:
     """Write the row's weights, config and tokenizer into a folder; `edit` rewrites the saved config, `save` goes to save_pretrained.
 
@@ -40,6 +45,8 @@ def write_checkpoint(
     model = auto(asked).from_config(CONFIG_MAPPING[asked.kind](**asked.config), dtype=torch.float32)
     randomise(model, asked.seed)
     asked.adjust(model)
+    if settled:
+        asked.settle(model)
     model.save_pretrained(folder, **save)
     if asked.published is not None:
         model.save_pretrained(folder / "oracle")

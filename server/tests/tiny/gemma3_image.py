@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from tiny.gemma import GEMMA3
-from tiny.llava_next import TOWER, visible
+from tiny.llava_next import TOWER, blending, visible
 from tiny.row import VOCABULARY, Row
 
 SIDE = 24
@@ -41,6 +41,7 @@ def processor(folder: Path, **stated: object) -> None:
 SEEING = {
     "auto": "AutoModelForImageTextToText",
     "adjust": visible,
+    "settle": blending,
     "specials": ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
     "architecture": "Gemma3ForConditionalGeneration",
 }

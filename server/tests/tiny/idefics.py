@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tiny.llava_next import TOWER, glancing
+from tiny.llava_next import TOWER, blending, glancing, visible
 from tiny.row import COMMON, SHAPE, VOCABULARY, Row
 
 VISION = {name: size for name, size in TOWER.items() if name != "hidden_size"}
@@ -36,7 +36,7 @@ def text_only(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def gated(model: torch.nn.Module) -> None:
     """Open the gates, which begin shut."""
-    glancing(model)
+    visible(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "alpha" in name:
@@ -56,7 +56,9 @@ ROWS = {
     "idefics": Row(
         "idefics",
         {**IDEFICS, "use_resampler": True, "perceiver_config": PERCEIVER, "alpha_type": "vector", "qk_layer_norms": True},
+        seed=9,
+        settle=blending,
         **SEEING,
     ),
-    "idefics_patches": Row("idefics", {**IDEFICS, "cross_layer_interval": 1}, **SEEING),
+    "idefics_patches": Row("idefics", {**IDEFICS, "cross_layer_interval": 1}, settle=glancing, **SEEING),
 }

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tiny.llava_next import TEXT, TOWER, glancing
+from tiny.llava_next import TEXT, TOWER, glancing, visible
 from tiny.row import VOCABULARY, Row
 
 PERCEIVER = {"hidden_size": 64, "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8}
@@ -25,7 +25,8 @@ def processor(splitting: bool) -> Callable[[Path], None]:
 
 SEEING = {
     "auto": "AutoModelForImageTextToText",
-    "adjust": glancing,
+    "adjust": visible,
+    "settle": glancing,
     "specials": ("<image>", "<fake_token_around_image>"),
     "architecture": "Idefics2ForConditionalGeneration",
 }

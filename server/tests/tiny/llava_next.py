@@ -26,24 +26,26 @@ def seeing(name: str) -> bool:
 
 
 def visible(model: torch.nn.Module) -> None:
-    """Weigh patches and positions alike, so that a picture's pixels and their places both show in its features.
-
-    And let many of them show: with matrices as large as elsewhere, a patch would look at one other and no more, and which of many
-    patches alike that is would hang on the last bit of a float32.
-    """
+    """Weigh patches and positions alike, so that a picture's pixels and their places both show in its features."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("patch_embedding.weight"):
                 parameter *= 0.05
             elif name.endswith("position_embedding.weight"):
                 parameter *= 50
-            elif parameter.dim() == 2 and seeing(name):
+
+
+def blending(model: torch.nn.Module) -> None:
+    """Let a patch look at many others: with larger matrices it looks at one, and a last bit decides which of many that are alike."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and seeing(name) and not name.endswith("position_embedding.weight"):
                 parameter *= 1 / 6
 
 
 def glancing(model: torch.nn.Module) -> None:
     """Let a token of the text look at many patches too, which lie so near each other that a last bit would choose among them."""
-    visible(model)
+    blending(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not seeing(name) and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -57,7 +59,7 @@ def processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-SEEING = {"auto": "AutoModelForImageTextToText", "adjust": glancing}
+SEEING = {"auto": "AutoModelForImageTextToText", "adjust": visible, "settle": glancing}
 OWN = {"specials": ("<image>",), "prepare": processor, "architecture": "LlavaNextForConditionalGeneration"}
 
 ROWS = {

@@ -17,10 +17,10 @@ def calm(model: torch.nn.Module) -> None:
 
 
 ROWS = {
-    "mamba": Row("mamba", RECURRENT, adjust=calm),
-    "mamba_biased": Row("mamba", {**RECURRENT, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}, adjust=calm),
-    "falcon_mamba": Row("falcon_mamba", {**RECURRENT, "mixer_rms_eps": 1e-6, "tie_word_embeddings": False}, adjust=calm),
-    "mamba2": Row("mamba2", {**MAMBA2, "n_groups": 2}, adjust=calm),
-    "mamba2_one_group": Row("mamba2", {**MAMBA2, "n_groups": 1, "use_bias": True, "time_step_limit": (0.3, 2.0)}, adjust=calm),
-    "mamba2_many_groups": Row("mamba2", {**MAMBA2, "n_groups": 4}, adjust=calm),
+    "mamba": Row("mamba", RECURRENT, settle=calm),
+    "mamba_biased": Row("mamba", {**RECURRENT, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}, settle=calm),
+    "falcon_mamba": Row("falcon_mamba", {**RECURRENT, "mixer_rms_eps": 1e-6, "tie_word_embeddings": False}, settle=calm),
+    "mamba2": Row("mamba2", {**MAMBA2, "n_groups": 2}, settle=calm),
+    "mamba2_one_group": Row("mamba2", {**MAMBA2, "n_groups": 1, "use_bias": True, "time_step_limit": (0.3, 2.0)}, settle=calm),
+    "mamba2_many_groups": Row("mamba2", {**MAMBA2, "n_groups": 4}, settle=calm),
 }

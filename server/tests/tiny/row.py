@@ -40,6 +40,8 @@ class Row:
     auto: str = "AutoModelForCausalLM"  # transformers' class that makes it
     specials: tuple[str, ...] = ()  # special tokens after all others
     adjust: Callable[[torch.nn.Module], None] = lambda model: None  # after its weights were drawn
+    # Then, for all but `test_formulas`, makes smaller what no draw keeps a float32's last bit from deciding.
+    settle: Callable[[torch.nn.Module], None] = lambda model: None
     prepare: Callable[[Path], None] = lambda folder: None  # writes further files
 
 

@@ -39,16 +39,22 @@ def untie(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
 
 
-def balance(model: torch.nn.Module) -> None:
-    """Scores small enough that rounding stays rounding, since nothing scales them, and biases of positions large beside them."""
+def placed(model: torch.nn.Module) -> None:
+    """Biases of positions large enough to be seen beside scores."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_attention_bias" in name:
+                parameter *= 50
+
+
+def scaled(model: torch.nn.Module) -> None:
+    """Scores small enough that rounding stays rounding, since nothing scales them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("Attention.q.weight"):
                 parameter *= 0.1
             if name.endswith("layer.0.layer_norm.weight"):
                 parameter *= 0.4
-            if "relative_attention_bias" in name:
-                parameter *= 50
 
 
 def row(config: dict, **more: object) -> Row:
@@ -59,7 +65,8 @@ def row(config: dict, **more: object) -> Row:
         logits=after_source,
         architecture="T5ForConditionalGeneration",
         auto="AutoModelForSeq2SeqLM",
-        adjust=balance,
+        adjust=placed,
+        settle=scaled,
         **more,
     )
 
