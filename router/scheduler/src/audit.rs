@@ -45,7 +45,7 @@ impl Scheduler {
     fn releasing(&self) -> impl Iterator<Item = AdapterId> + '_ {
         let epoch = self.epoch.as_ref();
         let waiting = epoch.into_iter().flat_map(|epoch| &epoch.release);
-        let sent = epoch.and_then(|epoch| epoch.in_flight.as_ref()).into_iter();
+        let sent = epoch.into_iter().flat_map(|epoch| &epoch.in_flight);
         waiting
             .chain(sent.flat_map(|step| &step.released))
             .filter_map(|released| released.adapter)

@@ -1,9 +1,11 @@
 //! What comes back: outcomes into journals, lost epochs into replays, loaded adapters into their requests.
 
+use crate::flight::Epoch;
 use crate::pages::Pages;
 use crate::sequence::Sequence;
 use crate::step::{Acceptance, Event, Failure, Finish, Reply, Row, RowReply, Violation, What};
-use crate::{Epoch, Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
+use crate::{Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
+use std::collections::BTreeSet;
 
 /// A request that recovers fails when no token came for this long.
 const RECOVERY: Time = Time::from_secs(120);
@@ -48,12 +50,7 @@ impl Scheduler {
         if self.epoch.is_some() {
             self.lose_epoch(now);
         }
-        self.epoch = Some(Epoch {
-            number: grant.epoch,
-            steps: 0,
-            in_flight: None,
-            release: Vec::new(),
-        });
+        self.epoch = Some(Epoch::new(grant.epoch));
         self.pages = Pages::new(grant.pages);
         self.adapters.begin(grant.adapter_bytes);
         self.model = grant.model;
@@ -112,9 +109,10 @@ impl Scheduler {
         for id in self.adapters.epoch_lost() {
             self.fail_adapter(now, id);
         }
-        let rows = epoch.in_flight.map(|step| step.rows).unwrap_or_default();
-        for row in rows {
-            self.strike(now, row.sequence);
+        let rows = epoch.in_flight.iter().flat_map(|step| &step.rows);
+        let struck: BTreeSet<u64> = rows.map(|row| row.sequence).collect();
+        for id in struck {
+            self.strike(now, id);
         }
     }
 
@@ -150,27 +148,14 @@ impl Scheduler {
         let stale = reply.epoch != epoch.number;
         #[cfg(test)]
         let stale = stale && self.planted != Some(crate::PlantedBug::AcceptStale);
-        let answered = epoch.steps - u64::from(epoch.in_flight.is_some());
-        if stale || reply.number <= answered {
+        if stale || reply.number <= epoch.answered() {
             return Ok(Acceptance::Stale);
         }
-        let expected = epoch.steps;
-        if reply.number != expected {
-            let got = reply.number;
-            return Err(Violation::Number { got, expected });
-        }
-        // A violation leaves the step in flight: the end of the epoch will blame its rows.
-        if let Some(step) = &epoch.in_flight {
-            check(reply, &step.rows)?;
-        }
-        let Some(step) = epoch.in_flight.take() else {
-            return Ok(Acceptance::Stale);
-        };
+        let (step, took) = epoch.land(now, reply)?;
         for adapter in step.released.iter().filter_map(|released| released.adapter) {
             self.adapters.unhold(adapter);
         }
         let tokens = step.rows.iter().map(Row::known).sum();
-        let took = now.saturating_sub(step.planned);
         self.pace.record(tokens, took);
         // What reading images or a source took says nothing of tokens.
         if !step.rows.iter().any(|row| self.reads_beside(row)) {
@@ -318,28 +303,4 @@ impl Scheduler {
     pub fn adapter_unloaded(&mut self, handle: u64) {
         self.adapters.unloaded(handle);
     }
-}
-
-fn check(reply: &Reply, rows: &[Row]) -> Result<(), Violation> {
-    let same = |(row, answer): (&Row, &RowReply)| row.sequence == answer.sequence;
-    if reply.rows.len() != rows.len() || !rows.iter().zip(&reply.rows).all(same) {
-        return Err(Violation::Rows {
-            number: reply.number,
-        });
-    }
-    for (row, answer) in rows.iter().zip(&reply.rows) {
-        if answer.error.is_none() && row.sample == answer.tokens.is_empty() {
-            return Err(Violation::Tokens {
-                sequence: row.sequence,
-                got: answer.tokens.len(),
-                asked: row.sample,
-            });
-        }
-        let kept = &answer.tokens[..answer.tokens.len().saturating_sub(1)];
-        if !row.guesses.starts_with(kept) {
-            let sequence = row.sequence;
-            return Err(Violation::Guess { sequence });
-        }
-    }
-    Ok(())
 }

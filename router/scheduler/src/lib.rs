@@ -9,6 +9,7 @@ mod budget;
 mod chunk;
 mod commit;
 mod fairness;
+mod flight;
 mod lookup;
 mod pages;
 mod plan;
@@ -46,6 +47,7 @@ pub use step::{
 use chunk::Chunk;
 use commit::Pace;
 use fairness::Fairness;
+use flight::{Epoch, Released};
 use pages::Pages;
 use quarantine::Quarantine;
 use queue::{Queue, Waiting};
@@ -128,31 +130,6 @@ pub struct Load {
     pub replays: u64,
     /// What speculation did.
     pub guessed: Guessed,
-}
-
-/// The epoch that serves.
-#[derive(Debug)]
-struct Epoch {
-    number: u64,
-    /// Steps planned so far.
-    steps: u64,
-    in_flight: Option<InFlight>,
-    /// Released with the next step.
-    release: Vec<Released>,
-}
-
-/// The step that the shards are computing.
-#[derive(Debug)]
-struct InFlight {
-    rows: Vec<Row>,
-    released: Vec<Released>,
-    planned: Time,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Released {
-    sequence: u64,
-    adapter: Option<AdapterId>,
 }
 
 /// The scheduler. Every method that can end requests leaves events for [`Scheduler::take_events`].
@@ -302,8 +279,7 @@ impl Scheduler {
 
     /// Whether no request is open and nothing is left to tell the shards.
     pub fn is_idle(&self) -> bool {
-        let quiet = |epoch: &Epoch| epoch.in_flight.is_none() && epoch.release.is_empty();
-        self.sequences.is_empty() && self.epoch.as_ref().is_none_or(quiet)
+        self.sequences.is_empty() && self.epoch.as_ref().is_none_or(Epoch::is_quiet)
     }
 
     /// Whether time alone changes nothing: it is idle, and no adapter has to come or go.

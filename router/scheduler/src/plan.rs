@@ -1,11 +1,12 @@
 //! Planning a step: running sequences first, then prompts, within one budget of tokens and one pool of pages.
 
 use crate::budget::Draft;
+use crate::flight::InFlight;
 use crate::prefix::Key;
 use crate::sequence::Sequence;
 use crate::span::cut_at;
 use crate::step::{Admission, Event, Failure, Row, Step, What};
-use crate::{AdapterId, AdapterOrder, InFlight, Scheduler, Time, waiting};
+use crate::{AdapterId, AdapterOrder, Scheduler, Time, waiting};
 
 /// A request is admitted with room for this many tokens of its answer, so that it is not preempted at once.
 const HEADROOM_TOKENS: u32 = 128;
@@ -30,7 +31,7 @@ impl Scheduler {
     pub fn plan(&mut self, now: Time) -> Option<Step> {
         self.expire(now);
         let epoch = self.epoch.as_ref()?;
-        if epoch.in_flight.is_some() {
+        if !epoch.in_flight.is_empty() {
             return None;
         }
         let mut draft = Draft::new(self.step_tokens, self.config.step_rows);
@@ -70,7 +71,7 @@ impl Scheduler {
             admit,
             rows: rows.clone(),
         };
-        epoch.in_flight = Some(InFlight {
+        epoch.in_flight.push_back(InFlight {
             rows,
             released,
             planned: now,
