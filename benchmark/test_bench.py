@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from load import ask, body, prompt, together
+from load import Answer, Load, ask, body, prompt, together
 from make_model import SHAPES, write_adapter, write_model
 from peers import Model, Setup
 from peers.kvrun import KvRun
@@ -70,10 +70,17 @@ def url():
 def test_times_and_rates_are_those_of_the_server(url):
     load = together(url, [body(prompt(8, i), 10) for i in range(4)])
     assert [a.tokens for a in load.answers] == [10] * 4 and [len(a.arrivals) for a in load.answers] == [10] * 4
-    assert GAP_S * 1e3 <= load.gap_ms(0.5) < 2 * GAP_S * 1e3
-    assert GAP_S <= load.first_token_s() < 4 * GAP_S
-    assert 2 / GAP_S < load.steady_tokens_per_s() <= 4 / GAP_S
-    assert load.tokens_per_s() <= 4 / GAP_S
+    # A busy machine makes them slower, and nothing makes them faster.
+    assert load.gap_ms(0.5) >= GAP_S * 1e3 and load.first_token_s() >= GAP_S
+    assert load.tokens_per_s() <= load.steady_tokens_per_s() <= 4 / GAP_S
+
+
+def test_rates_are_those_of_the_times_at_which_tokens_came():
+    early, late = Answer(0.0, [1.0, 1.5, 2.0, 2.5], 4), Answer(0.5, [2.0, 2.5, 3.0, 3.5], 8)
+    load = Load([early, late], 0.0, 4.0)
+    assert load.first_token_s() == 1.25 and load.gap_ms(0.5) == 500
+    assert load.tokens_per_s() == 12 / 3.5
+    assert load.steady_tokens_per_s() == 2 + 4, "while both ran, and where an event brings two tokens, both count"
 
 
 def test_fewer_at_a_time_take_longer(url):

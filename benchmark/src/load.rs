@@ -186,6 +186,9 @@ mod tests {
     #[derive(Clone, Default)]
     struct Stand {
         asked: Arc<Mutex<Vec<Value>>>,
+        answering: Arc<AtomicU64>,
+        /// The most that it answered at a time.
+        beside: Arc<AtomicU64>,
     }
 
     impl Stand {
@@ -228,6 +231,8 @@ mod tests {
                     .to_owned(),
             )
             .await;
+            let answering = self.answering.fetch_add(1, Ordering::SeqCst) + 1;
+            self.beside.fetch_max(answering, Ordering::SeqCst);
             for details in ["null", "null", r#"{"generated_tokens":3,"input_length":9}"#] {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 say(format!(
@@ -235,6 +240,7 @@ mod tests {
                 ))
                 .await;
             }
+            self.answering.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -344,7 +350,6 @@ mod tests {
     #[tokio::test]
     async fn requests_at_random_moments_do_not_wait_for_each_other() {
         let stand = Stand::default();
-        let begun = Instant::now();
         let figures = measured(
             &stand,
             &[
@@ -360,11 +365,7 @@ mod tests {
         )
         .await;
         assert_eq!(figures[0].requests, 40);
-        assert!(
-            begun.elapsed() < Duration::from_millis(40 * 60),
-            "{:?}",
-            begun.elapsed()
-        );
+        assert!(stand.beside.load(Ordering::SeqCst) > 1);
     }
 
     #[tokio::test]

@@ -94,21 +94,14 @@ async fn adapters_beyond_the_room_wait_for_their_first_request() {
 async fn a_slow_load_stops_nobody_else() {
     let mut bench = start(|setup| setup.adapters = vec!["warm"]).await;
     bench.write_adapter("slow", 64);
-    bench.shards[0]
-        .faults()
-        .load_delay(Duration::from_millis(800));
+    bench.shards[0].faults().load_delay(Duration::from_secs(4));
     let (engine, spec) = (bench.engine.clone(), bench.spec("slow"));
-    let begun = Instant::now();
     let load = tokio::spawn(async move { engine.adapters().load(spec).await });
     let mut warm = request(1, 20, 20);
     warm.adapter = bench.adapter("warm");
     let base = request(2, 20, 20);
     tokio::join!(ask(&bench.engine, warm), ask(&bench.engine, base));
-    assert!(
-        begun.elapsed() < Duration::from_millis(700),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(!load.is_finished());
     let mut slow = request(3, 20, 20);
     slow.adapter = bench.adapter("slow");
     assert_eq!(

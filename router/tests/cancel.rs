@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use kvrun_router::request::{Event, ValidRequest};
@@ -20,21 +20,17 @@ fn endless(number: u64) -> ValidRequest {
 #[tokio::test]
 async fn a_dropped_answer_frees_its_pages_within_a_step() {
     let bench = start(|_| {}).await;
-    let step = Duration::from_millis(20);
-    bench.shards[0].faults().step_delay(step);
+    bench.shards[0]
+        .faults()
+        .step_delay(Duration::from_millis(20));
     let mut answer = bench.engine.submit(endless(1)).await.unwrap();
     while !matches!(within(answer.next()).await, Some(Event::Token(_))) {}
-    let (seen, begun) = (bench.shards[0].faults().steps_seen(), Instant::now());
+    let seen = bench.shards[0].faults().steps_seen();
     drop(answer);
     bench.assert_all_returned().await;
     let steps = bench.shards[0].faults().steps_seen() - seen;
     // The step in flight, and the one that releases.
     assert!(steps <= 2, "{steps} steps");
-    assert!(
-        begun.elapsed() < 2 * step + Duration::from_millis(200),
-        "{:?}",
-        begun.elapsed()
-    );
 }
 
 #[tokio::test]

@@ -89,7 +89,7 @@ async fn images_are_fetched_within_bounds() {
     );
     let begun = Instant::now();
     assert_eq!(get("127.0.0.1", "/slow").await, Err(ImageError::Slow(5)));
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(60));
 }
 
 #[tokio::test]

