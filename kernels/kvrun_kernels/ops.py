@@ -14,16 +14,19 @@ from kvrun_kernels.quantized_linear.op import CodedRows, PackedQuantized, pack_q
 from kvrun_kernels.rms_norm.op import rms_norm
 from kvrun_kernels.rope.op import rope_
 from kvrun_kernels.selective_scan.op import selective_scan
-from kvrun_kernels.sgmv.op import LoraSegments, Segment, lora
-from kvrun_kernels.sgmv.table import LoraTable
+from kvrun_kernels.sgmv.op import LoraSegments, Segment, lora, lora_pointers
+from kvrun_kernels.sgmv.table import LoraPointers, LoraSites, LoraTable, LoraUse
 from kvrun_kernels.ssd_scan.op import ssd_scan
 from kvrun_kernels.store_kv.op import store_kv
 
 __all__ = [
     "CodedRows",
     "Grouped",
+    "LoraPointers",
     "LoraSegments",
+    "LoraSites",
     "LoraTable",
+    "LoraUse",
     "PackedLinear",
     "PackedQuantized",
     "Scheme",
@@ -37,6 +40,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "lora",
+    "lora_pointers",
     "pack_linear",
     "pack_quantized",
     "pack_quantized_rows",

@@ -63,7 +63,7 @@ class Runner:
             if sequence in self.adapters:
                 runs.append(Run(start, start + len(tokens), self.adapters[sequence]))
             start += len(tokens)
-        return LoraBatch.of(runs) if runs else None
+        return LoraBatch(runs) if runs else None
 
     def read(self, sequence: int, source: list[int]) -> None:
         """Give a sequence that is still to come a source of its own."""

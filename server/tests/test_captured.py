@@ -20,6 +20,7 @@ from kvrun.nn.build import load_model
 from kvrun.nn.captured import CapturedSteps
 from kvrun_kernels.capture import Captures, obstacle
 from test_device import Wire
+from test_moe import experts_adapters
 
 SIZES = (1, 2, 4)
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 7, 13, 5)]
@@ -149,15 +150,33 @@ def test_an_adapter_that_takes_another_s_place_is_the_one_that_answers(on_gpu, e
     assert (1, True, True) in served
 
 
-def test_a_rank_takes_the_room_that_other_rows_leave_or_is_computed_without_a_capture(on_gpu, engines, adapter, served, monkeypatch):
-    monkeypatch.setattr(fixed, "USUAL_RANK", 16)
+def each_of(ranks, folders, mixes) -> list[dict]:
+    """Answers to the same requests with adapters in these mixes of handles, which count from 1."""
     found = []
-    for ranks in (on_gpu(), engines()):
-        ranks.load(1, adapter("rank64"))
-        found.append(answers(ranks, handles=(1,)))
-    assert found[0] == found[1]
-    # Rows of one adapter share its tiles: 64 ranks in 4 of them, of which there is one for each row.
-    assert (4, True, True) in served and not {(1, True, True), (2, True, True)} & set(served)
+    for handles in mixes:
+        ranks.reserve(adapter_bytes=1 << 24)
+        for handle, folder in enumerate(folders, start=1):
+            ranks.load(handle, folder)
+        found.append(answers(ranks, handles))
+    return found
+
+
+def test_a_rank_beyond_what_captures_have_room_for_is_computed_without_one(on_gpu, engines, adapter, served, monkeypatch):
+    monkeypatch.setattr(fixed, "MOST_RANK", 48)
+    folders = [adapter("rank16"), adapter("rank64")]
+    ranks, captured = on_gpu(), []
+    for handle in (1, 2):
+        served.clear()
+        assert each_of(ranks, folders, [(handle,)]) == each_of(engines(), folders, [(handle,)])
+        captured.append({rows for rows, adapted, was in served if adapted and was})
+    assert captured == [{1, 2, 3, 4}, set()]
+
+
+def test_adapters_of_experts_answer_from_captures(on_gpu, engines, checkpoint, tmp_path, served):
+    folders, mixes = experts_adapters("mixtral", checkpoint("mixtral"), tmp_path), ((1, 0, 2, 1), (0,))
+    found = each_of(on_gpu("mixtral"), folders, mixes)
+    assert found == each_of(engines("mixtral"), folders, mixes) and found[0] != found[1]
+    assert {rows for rows, adapted, captured in served if captured and adapted} >= {1, 2, 3, 4}
 
 
 def of_the_first_row(self) -> int:

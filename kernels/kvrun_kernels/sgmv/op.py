@@ -1,17 +1,18 @@
 """Low-rank updates of row segments, each by an adapter of its own rank (BGMV for single rows, SGMV for runs)."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu
-from kvrun_kernels.sgmv.table import FIELDS, LoraTable
+from kvrun_kernels.dispatch import DTYPES, Kernel, on_cpu, on_gpu
+from kvrun_kernels.sgmv.table import FIELDS, INPUTS, PARTS, REACH, LoraPointers, LoraSites, LoraTable, LoraUse
 
-SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments segments) -> ()"
+SCHEMA = "lora(Tensor(a!) y, Tensor x, LoraSegments | LoraUse segments) -> ()"
 
 _kernel = Kernel("sgmv", "ppp iiii iii")
 
@@ -91,9 +92,17 @@ class LoraSegments:
         return tuple(Segment(start, stop, s.a, s.bt, s.column) for part, start, stop in self.parts for s in part.segments)
 
     @cached_property
-    def on_gpu(self) -> LoraTable:
-        """What a GPU reads of them, of just their size."""
-        return LoraTable(self)
+    def on_gpu(self) -> LoraUse | None:
+        """What a GPU reads of them; None where some rows of two runs of segments are the same."""
+        by_rows: dict[tuple[int, int], list[Segment]] = {}
+        for s in self.segments:
+            if s.start < s.stop and s.bt.numel():
+                by_rows.setdefault((s.start, s.stop), []).append(s)
+        places = sorted(by_rows)
+        if not places or any(stop > start for (_, stop), (start, _) in pairwise(places)):
+            return None
+        runs = [(*rows, LoraPointers({0: LoraSegments(by_rows[rows])}, 1)) for rows in places]
+        return LoraUse(LoraTable(runs), LoraSites((0,)))
 
     def __len__(self) -> int:
         return len(self.table) // FIELDS
@@ -106,14 +115,23 @@ def reference(y: Tensor, x: Tensor, segments: LoraSegments) -> None:
         target.copy_(target.float() + update)
 
 
-def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraTable) -> None:
+def lora_pointers(updates: Mapping[int, LoraSegments], sites: int) -> LoraPointers | None:
+    """LoraPointers where Triton reads them; None elsewhere, where each linear is given its segments, or where nothing is changed."""
+    found = [part for part in updates.values() if len(part)]
+    read = all(part.alike and on_gpu(part.segments[0].a) for part in found)
+    return LoraPointers(updates, sites) if found and read and _kernel.elsewhere == "triton" else None
+
+
+def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraUse) -> None:
     """Add x @ a.T @ bt of each segment to its rows and columns of y, in place; other rows cost nothing.
 
     y [tokens, out] · x [tokens, in] · ranks differ freely and are never padded; the product in between stays float32, but for
     rows and adapters in bfloat16 on processors that multiply pairs of such, where it is rounded to one.
-    A row's result is the same to the bit whether it is a segment alone or one of many in a run. On a GPU, a LoraTable may
-    stand for the segments: a captured graph then computes what the table holds when it is replayed.
+    A row's result is the same to the bit whether it is a segment alone or one of many in a run. On a GPU, what a LoraTable says
+    to this linear may stand for the segments: a captured graph then computes what the table holds when it is replayed.
     """
+    if isinstance(segments, LoraUse):
+        return _by_table(y, x, segments)
     if not len(segments):
         return None
     if segments.stop > y.shape[0] or segments.columns > y.shape[1] or segments.inputs != x.shape[1]:
@@ -121,13 +139,8 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraTable) -> None:
             f"segments reach row {segments.stop}, column {segments.columns} and read {segments.inputs} inputs; found y "
             f"{list(y.shape)} and x {list(x.shape)}; build the segments for this batch and this linear"
         )
-    gpu = _kernel.triton(y, x)
-    if gpu and (isinstance(segments, LoraTable) or segments.alike):
-        return gpu.lora(y, x, segments)
-    if isinstance(segments, LoraTable):
-        raise ValueError(
-            f"a LoraTable asked to update {y.dtype} on {y.device}, which only Triton on a GPU does; give the segments themselves"
-        )
+    if (gpu := _kernel.triton(y, x)) and segments.alike and segments.on_gpu:
+        return gpu.lora(y, x, segments.on_gpu)
     if _kernel.run is None or not segments.native or not on_cpu(y, x):
         return reference(y, x, segments)
     _kernel.run(
@@ -135,3 +148,19 @@ def lora(y: Tensor, x: Tensor, segments: LoraSegments | LoraTable) -> None:
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[segments.dtype],
     )  # fmt: skip
     return None
+
+
+def _by_table(y: Tensor, x: Tensor, use: LoraUse) -> None:
+    sizes = use.table.most(use.sites)
+    short = use.tokens is None and use.table.rows > len(x)
+    if sizes[PARTS] and (sizes[INPUTS] != x.shape[1] or sizes[REACH] > y.shape[1] or short):
+        raise ValueError(
+            f"a table of {use.table.rows} rows reads {sizes[INPUTS]} inputs here and reaches column {sizes[REACH]}; found y "
+            f"{list(y.shape)} and x {list(x.shape)}; build it for this batch and this model"
+        )
+    gpu = _kernel.triton(y, x)
+    if gpu is None:
+        raise ValueError(
+            f"a LoraTable asked to update {y.dtype} on {y.device}, which only Triton on a GPU does; give the segments themselves"
+        )
+    gpu.lora(y, x, use)

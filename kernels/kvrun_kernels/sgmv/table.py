@@ -1,101 +1,150 @@
-"""A batch's low-rank updates as a GPU reads them: rows and ranks in tiles of 16, so that nothing is padded to the largest adapter."""
+"""Which rows use which adapter, and where its matrices lie, as a GPU reads both: by address, so that one table serves every linear."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from kvrun_kernels.sgmv.op import LoraSegments
 
 TILE = 16  # rows of a tile, and ranks: what a tensor core takes at least
 FIELDS = 7  # numbers of a segment in the table of LoraSegments
-ITEM, UPDATE = 4, 7  # numbers of an entry of each kind
+PART, ENTRY = 5, 3  # numbers of a part: a, bt, rank, columns, column · of a tile of rows: start, rows, address of the pointers
 ALIGNED = 16  # bytes, of the widest load
+PARTS, WIDEST, REACH, INPUTS = range(4)  # what `LoraPointers.sizes` holds
+
+
+class LoraPointers:
+    """Where the matrices of one adapter lie: a table on the device, and what the host must know of it.
+
+    held [sites + 1 + parts * 5] int64: the parts of site s begin at number held[s] and end before number held[s + 1] ·
+    sizes [4, sites] int64 on the host: of each site its parts, the columns of the widest, their last column, its inputs
+    """
+
+    def __init__(self, updates: Mapping[int, LoraSegments], sites: int):
+        """updates: what the adapter changes, by site, in segments whose rows do not count; all of one dtype · sites: of the model"""
+        found = [(site, part) for site, part in sorted(updates.items()) if len(part)]
+        first = found[0][1]
+        counts: np.ndarray = np.zeros(sites, np.int64)
+        counts[[site for site, _ in found]] = [len(part) for _, part in found]
+        rows = np.concatenate([np.frombuffer(part.table, np.int64).reshape(-1, FIELDS) for _, part in found])
+        parts = rows[:, 2:]
+        where: np.ndarray = np.repeat(np.arange(sites), counts)
+        columns, last = parts[:, 3], parts[:, 3] + parts[:, 4]
+        heads = sites + 1 + PART * np.concatenate([[0], np.cumsum(counts)])
+        self.sizes: np.ndarray = np.zeros((4, sites), np.int64)
+        self.sizes[PARTS] = counts
+        np.maximum.at(self.sizes[WIDEST], where, columns)
+        np.maximum.at(self.sizes[REACH], where, last)
+        self.sizes[INPUTS, [site for site, _ in found]] = [part.inputs for _, part in found]
+        self.rank = int(parts[:, 2].max())
+        self.dtype = first.dtype
+        size = self.dtype.itemsize
+        strides = np.stack([self.sizes[INPUTS][where], columns]) * size
+        self.aligned = not (parts[:, :2] % ALIGNED).any() and not (strides % ALIGNED).any()
+        self.held = torch.from_numpy(np.concatenate([heads, parts.reshape(-1)])).to(first.device)
+        self.address = self.held.data_ptr()
+
+
+Run = tuple[int, int, LoraPointers]  # adjacent rows, start up to stop, and what they use
 
 
 class LoraTable:
-    """Buffers on the device that say what to compute, of a fixed size and filled in place: a captured CUDA graph sees new contents.
+    """The rows of a step and their adapters, for all linears. It is filled in place: a captured CUDA graph sees new contents.
 
-    items [capacity, 4] int64: a tile of rows times at most 16 rows of an A · updates [capacity, 7] int64: a tile of rows and
-    all of its B. Entries without rows cost a program that ends at once.
+    held [tiles * 3 + rows] int64: tiles of rows of one adapter, then the adapter of each row, 0 for none. Tiles without rows
+    cost a program that ends at once.
     """
 
-    def __init__(self, segments: LoraSegments, *, items: int = 0, updates: int = 0, columns: int = 0):
-        """Make room for `segments`, or for as many items, updates and columns as are asked, and fill in `segments`."""
-        entries = list(_entries(segments))
-        items = max(items, sum(-(-rank // TILE) for *_, rank, _, _ in entries), 1)
-        updates = max(updates, len(entries), 1)
-        held = torch.empty(items * ITEM + updates * UPDATE, dtype=torch.int64, device=segments.device)
-        aligned = _aligned(segments)
-        self._shape(segments.inputs, segments.dtype, aligned, items, updates, max(columns, segments.columns), held)
-        self.fill(segments)
+    def __init__(self, runs: Sequence[Run]):
+        """The table of these runs, at least one, which rise and do not overlap."""
+        pointers = list({id(used): used for _, _, used in runs}.values())
+        self.dtype, self.aligned = pointers[0].dtype, all(used.aligned for used in pointers)
+        self.rank = max(used.rank for used in pointers)
+        self.sizes: np.ndarray = np.max([used.sizes for used in pointers], axis=0)
+        self.tiles, self.rows = sum(-(-(stop - start) // TILE) for start, stop, _ in runs), runs[-1][1]
+        self.spread = len(runs)  # no tile of rows has more adapters
+        self.held = torch.empty(self.tiles * ENTRY + self.rows, dtype=torch.int64, device=pointers[0].held.device)
+        self.fill(runs)
 
     @classmethod
-    def over(
-        cls, held: torch.Tensor, inputs: int, dtype: torch.dtype, *, aligned: bool, items: int, updates: int, columns: int
-    ) -> LoraTable:
-        """A table in memory that others fill with what `contents` says: held [room(items, updates)] int64.
+    def of_room(cls, rows: int, rank: int, sizes: np.ndarray, dtype: torch.dtype, *, aligned: bool, place: torch.device) -> LoraTable:
+        """An empty table with room for any adapters of so many rows, up to this rank, of `LoraPointers.sizes` as given.
 
-        aligned: whether every row of the adapters to come begins at a multiple of `ALIGNED` bytes
+        aligned: whether every row of the matrices to come begins at a multiple of `ALIGNED` bytes
         """
         table = cls.__new__(cls)
-        table._shape(inputs, dtype, aligned, items, updates, columns, held)
+        table.dtype, table.aligned, table.rank, table.sizes = dtype, aligned, rank, sizes
+        table.tiles = table.rows = table.spread = rows
+        table.held = torch.zeros(rows * (ENTRY + 1), dtype=torch.int64, device=place)
+        table._kept = ()
         return table
 
-    @staticmethod
-    def room(items: int, updates: int) -> int:
-        """How many numbers a table of this size holds."""
-        return items * ITEM + updates * UPDATE
+    def fill(self, runs: Sequence[Run]) -> None:
+        """Replace the contents; the buffer stays where it is. ValueError for what has no room or is laid out otherwise.
 
-    def _shape(self, inputs: int, dtype: torch.dtype, aligned: bool, items: int, updates: int, columns: int, held: torch.Tensor) -> None:
-        self.inputs, self.dtype, self.aligned = inputs, dtype, aligned
-        self.items, self.updates, self.columns, self.held = items, updates, columns, held
-        self.stop = 0
+        The host does not wait for the copy.
+        """
+        contents = torch.from_numpy(self.contents(runs))
+        if self.held.is_cuda:
+            # Pinned blocks come from PyTorch's cache of them, which gives one again only when the copy out of it is done.
+            contents = torch.empty(contents.shape, dtype=contents.dtype, pin_memory=True).copy_(contents)
+        self.held.copy_(contents, non_blocking=True)
+        self._kept = tuple(used for _, _, used in runs)
 
-    def fill(self, segments: LoraSegments) -> None:
-        """Replace the contents; the buffers stay where they are. ValueError for what has no room or is laid out otherwise."""
-        self.held.copy_(torch.frombuffer(self.contents(segments), dtype=torch.int64))
-        self.stop = segments.stop
+    def contents(self, runs: Sequence[Run]) -> np.ndarray:
+        """What the table holds for these runs. ValueError for what has no room or is laid out otherwise."""
+        held: np.ndarray = np.zeros(self.tiles * ENTRY + self.rows, np.int64)
+        if not runs:
+            return held
+        for used in {id(used): used for _, _, used in runs}.values():
+            self._check(used)
+        starts, stops, addresses = (np.array(numbers, np.int64) for numbers in zip(*((a, b, used.address) for a, b, used in runs)))
+        counts = -(-(stops - starts) // TILE)
+        of_run: np.ndarray = np.repeat(np.arange(len(runs)), counts)
+        firsts = starts[of_run] + TILE * (np.arange(len(of_run)) - np.repeat(np.cumsum(counts) - counts, counts))
+        if len(of_run) > self.tiles or stops[-1] > self.rows:
+            raise ValueError(f"room for {self.tiles} tiles of {self.rows} rows; found {len(of_run)} of {stops[-1]}; make more")
+        tiles, owners = held[: self.tiles * ENTRY].reshape(-1, ENTRY), held[self.tiles * ENTRY :]
+        tiles[: len(of_run)] = np.stack([firsts, np.minimum(stops[of_run] - firsts, TILE), addresses[of_run]], axis=1)
+        lengths = np.stack([starts - np.concatenate([[0], stops[:-1]]), stops - starts], axis=1).reshape(-1)
+        owners[: stops[-1]] = np.repeat(np.stack([np.zeros_like(addresses), addresses], axis=1).reshape(-1), lengths)
+        return held
 
-    def contents(self, segments: LoraSegments) -> array[int]:
-        """What the table holds for these segments. ValueError for what has no room or is laid out otherwise."""
-        other = len(segments) > 0 and (segments.inputs, segments.dtype) != (self.inputs, self.dtype)
-        if other or self.aligned > _aligned(segments):
+    def most(self, sites: LoraSites) -> list[int]:
+        """The largest of `LoraPointers.sizes` among these linears."""
+        numbers = sites.numbers
+        found: list[int] = (self.sizes[:, numbers[0]] if len(numbers) == 1 else self.sizes[:, numbers].max(axis=1)).tolist()
+        return found
+
+    def _check(self, used: LoraPointers) -> None:
+        if used.dtype != self.dtype or (self.aligned and not used.aligned) or used.rank > self.rank:
             raise ValueError(
-                f"a table over {self.inputs} inputs of {self.dtype} was made{' for aligned adapters' * self.aligned}; found segments over "
-                f"{segments.inputs} of {segments.dtype}; make another table for them"
+                f"a table of {self.dtype} up to rank {self.rank} was made{' for aligned adapters' * self.aligned}; found one of "
+                f"{used.dtype} and rank {used.rank}{' that is not' * (not used.aligned)}; make another table for it"
             )
-        items, updates = array("q"), array("q")
-        for start, rows, a, bt, rank, columns, column in _entries(segments):
-            updates.extend((start, rows, bt, rank, columns, column, len(items) // ITEM))
-            for first in range(0, rank, TILE):
-                items.extend((start, rows, a + first * self.inputs * self.dtype.itemsize, min(TILE, rank - first)))
-        found = (len(items) // ITEM, len(updates) // UPDATE, segments.columns)
-        if found[0] > self.items or found[1] > self.updates or found[2] > self.columns:
-            raise ValueError(f"room for {(self.items, self.updates, self.columns)} items, updates and columns; found {found}; make more")
-        items.extend([0] * (self.items * ITEM - len(items)))
-        updates.extend([0] * (self.updates * UPDATE - len(updates)))
-        return items + updates
-
-    def __len__(self) -> int:
-        return self.updates
 
 
-def _entries(segments: LoraSegments) -> Iterator[tuple[int, ...]]:
-    """Every tile of rows of every segment: start, rows, a, bt, rank, columns, column."""
-    table = iter(segments.table)
-    for start, stop, a, bt, rank, columns, column in zip(*[table] * FIELDS):
-        if rank and columns:
-            for first in range(start, stop, TILE):
-                yield first, min(TILE, stop - first), a, bt, rank, columns, column
+class LoraSites(NamedTuple):
+    """Linears that one call multiplies with."""
+
+    numbers: tuple[int, ...]  # their sites
+    held: Tensor | None = None  # the same on the device, int64; None of a single one
 
 
-def _aligned(segments: LoraSegments) -> bool:
-    """Whether every row of every adapter begins where the widest load may."""
-    size = segments.dtype.itemsize
-    pointers = (*segments.table[2::FIELDS], *segments.table[3::FIELDS], *(columns * size for columns in segments.table[5::FIELDS]))
-    return segments.inputs * size % ALIGNED == 0 and all(pointer % ALIGNED == 0 for pointer in pointers)
+class LoraUse(NamedTuple):
+    """What a table says to a linear whose rows are the step's; or to several of which each has rows of its own.
+
+    Row n of those was made of the step's row tokens[n], ascending within a linear, tokens [rows] int64 · linear g has rows
+    offsets[g] to offsets[g + 1], int64, or a single one all.
+    """
+
+    table: LoraTable
+    sites: LoraSites
+    tokens: Tensor | None = None
+    offsets: Tensor | None = None

@@ -49,6 +49,7 @@ class Adapter:
     ranks: tuple[int, ...]  # one per changed module
     targets: tuple[str, ...]  # last parts of the changed modules' names, e.g. "q_proj"
     embedding: EmbeddingDelta | None = None
+    pointers: ops.LoraPointers | None = None  # where a GPU finds all updates; None elsewhere, and where there are none
 
 
 def targets(linears: Iterable[Site], embedding: EmbeddingSite | None = None) -> list[str]:
@@ -105,16 +106,18 @@ def read_adapter(
     # Checked as held: a narrower dtype may turn a finite weight into an infinite one.
     if not all(bool(torch.isfinite(t).all()) for t in held):
         raise AdapterError(f"not finite in {_name(dtype)}: {_listed(_unsound(tensors) or tensors)}; its training diverged")
+    updates = {site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in lying.items()}
     return Adapter(
         digest=digest.hexdigest(),
         deltas=lying,
-        updates={site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in lying.items()},
+        updates=updates,
         # Many linears may share one A, whose bytes count once.
         bytes=sum({(store := t.untyped_storage()).data_ptr(): store.nbytes() for t in held}.values()),
         matched=matched,
         ranks=tuple(a.shape[0] for a, _ in pairs.values()) + (() if changed_rows is None else (changed_rows.table.shape[1],)),
         targets=tuple(sorted({_target(module) for module in (*pairs, *([embedding.module] if embedding and changed_rows else ()))})),
         embedding=changed_rows,
+        pointers=ops.lora_pointers(updates, 1 + max((linear.site for linear in linears), default=0)),
     )
 
 

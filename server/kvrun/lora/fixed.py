@@ -2,95 +2,83 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 from weakref import ref
 
+import numpy as np
 import torch
 from kvrun_kernels import ops
-from kvrun_kernels.sgmv.table import ALIGNED, TILE
+from kvrun_kernels.sgmv.table import ALIGNED
 from torch import Tensor
 
 from kvrun.lora.adapter import Adapter
-from kvrun.lora.sites import Site
+from kvrun.lora.sites import Site, Source
 
-# Room for every row to have an adapter of this rank at every linear; ranks of one step share the room.
-USUAL_RANK = 64
+USUAL_RANK = 64  # of what memory is measured with
+MOST_RANK = 256  # that is computed at one place
 
 
 class Batch(Protocol):
     """The adapters of one step: see lora.table.LoraBatch."""
 
     @property
-    def sites(self) -> Mapping[int, ops.LoraSegments]: ...
+    def pointed(self) -> list[tuple[int, int, ops.LoraPointers]] | None: ...
 
 
 class FixedAdapters:
-    """A table for each linear at one place, read by whatever computes there; `fill` says what they hold.
+    """One table at one place for all linears, read by whatever computes there; `fill` says what it holds."""
 
-    Tables of linears are made as the first pass asks for them, and settled once by `settle`.
-    """
-
-    def __init__(self, linears: Sequence[Site], rows: int, dtype: torch.dtype) -> None:
-        """rows: of a step, one token each · dtype: of the adapters"""
-        self._linears, self._rows, self._dtype = linears, rows, dtype
-        self._tables: dict[int, ops.LoraTable] = {}
-        self._grouped: set[int] = set()  # linears whose rows are known only while a step is computed
-        self._held: ref[Batch] | None = None
-        self._place = torch.empty(0, dtype=torch.int64)
+    def __init__(self, linears: Sequence[Site], rows: int, dtype: torch.dtype, place: torch.device) -> None:
+        """rows: of a step, one token each · dtype: of the adapters · place: where the model lies"""
+        sizes: np.ndarray = np.zeros((4, len(linears)), np.int64)
+        for linear in linears:
+            if parts := [(len(source.rows), source.column + len(source.rows), _inputs(source)) for source in _held(linear)]:
+                sizes[:, linear.site] = len(parts), *np.max(parts, axis=0)
+        widths = {_inputs(source) for linear in linears for source in _held(linear)}
+        widths |= {len(source.rows) for linear in linears for source in _held(linear)}
+        aligned = all(width * dtype.itemsize % ALIGNED == 0 for width in widths)
+        self._table = ops.LoraTable.of_room(rows, MOST_RANK, sizes, dtype, aligned=aligned, place=place)
+        self._filled: ref[Batch] | None = None
 
     @property
-    def sites(self) -> Mapping[int, ops.LoraSegments]:
-        """None of its own: what the tables hold is a step's."""
-        return {}
+    def pointed(self) -> list[tuple[int, int, ops.LoraPointers]] | None:
+        """None of its own: what the table holds is a step's."""
+        return None
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """See nn.linear.LinearDelta."""
-        if site not in self._tables:
-            self._tables[site] = self._table(site, x, y)
-        ops.lora(y, x, self._tables[site])
+        ops.lora(y, x, ops.LoraUse(self._table, ops.LoraSites((site,))))
 
-    def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
-        """Nothing: a batch that changes these linears has no place here."""
-        self._grouped.update(sites)
+    def apply_grouped(self, sites: ops.LoraSites, x: Tensor, y: Tensor, tokens: Tensor, offsets: Tensor | None = None) -> None:
+        """See nn.linear.LinearDelta."""
+        ops.lora(y, x, ops.LoraUse(self._table, sites, tokens, offsets))
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """Nothing: embeddings are looked up before."""
 
-    def settle(self) -> None:
-        """Lay the tables of all linears that were asked for end to end, so that one copy fills them; none may be asked for later."""
-        sizes = [table.held.numel() for table in self._tables.values()]
-        if sizes:
-            self._place = torch.zeros(sum(sizes), dtype=torch.int64, device=next(iter(self._tables.values())).held.device)
-        for table, held in zip(self._tables.values(), self._place.split(sizes), strict=True):
-            table.held = held
-
     def fill(self, batch: Batch) -> bool:
-        """Have the tables hold a step's adapters; False where one has no place in them, and nothing is changed."""
-        if self._held is not None and self._held() is batch:
+        """Have the table hold a step's adapters; False where one has no place in it, and nothing is changed."""
+        if self._filled is not None and self._filled() is batch:
             return True
-        if not self._grouped.isdisjoint(batch.sites):
+        if batch.pointed is None:
             return False
-        none, contents = ops.LoraSegments([]), array("q")
         try:
-            for site, table in self._tables.items():
-                contents += table.contents(batch.sites.get(site, none))
+            self._table.fill(batch.pointed)
         except ValueError:  # of a larger rank, or laid out otherwise
             return False
-        if contents:
-            self._place.copy_(torch.frombuffer(contents, dtype=torch.int64))
-        self._held = ref(batch)
+        self._filled = ref(batch)
         return True
 
-    def _table(self, site: int, x: Tensor, y: Tensor) -> ops.LoraTable:
-        """An empty table with room for adapters of all rows."""
-        widths = [len(source.rows) for source in self._linears[site].sources if len(source.rows)]
-        updates = self._rows * len(widths)
-        items = updates * -(-USUAL_RANK // TILE)
-        aligned = all(width * self._dtype.itemsize % ALIGNED == 0 for width in (x.shape[1], *widths))
-        held = torch.zeros(ops.LoraTable.room(items, updates), dtype=torch.int64, device=x.device)
-        return ops.LoraTable.over(held, x.shape[1], self._dtype, aligned=aligned, items=items, updates=updates, columns=y.shape[1])
+
+def _held(linear: Site) -> list[Source]:
+    """What of a linear this rank has."""
+    return [source for source in linear.sources if len(source.rows)]
+
+
+def _inputs(source: Source) -> int:
+    """Of this rank."""
+    return source.in_features if source.cols is None else len(source.cols)
 
 
 def usual_adapter(linears: Sequence[Site], dtype: torch.dtype, place: torch.device) -> Adapter:
@@ -102,10 +90,8 @@ def usual_adapter(linears: Sequence[Site], dtype: torch.dtype, place: torch.devi
 
     updates = {}
     for linear in linears:
-        parts = [source for source in linear.sources if len(source.rows)]
-        inputs = [source.in_features if source.cols is None else len(source.cols) for source in parts]
-        if parts:
+        if parts := _held(linear):
             updates[linear.site] = ops.LoraSegments(
-                ops.Segment(0, 0, zeros(width), zeros(len(source.rows)), source.column) for source, width in zip(parts, inputs, strict=True)
+                ops.Segment(0, 0, zeros(_inputs(source)), zeros(len(source.rows)), source.column) for source in parts
             )
-    return Adapter("", {}, updates, 0, 0, (USUAL_RANK,), ())
+    return Adapter("", {}, updates, 0, 0, (USUAL_RANK,), (), pointers=ops.lora_pointers(updates, len(linears)))

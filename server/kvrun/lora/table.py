@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,46 +27,46 @@ class Run:
 
 
 class LoraBatch:
-    """The segments of one step, for every linear that some adapter of the step changes."""
+    """What the adapters of one step change, for every linear that some of them changes: ranks and targets as they come."""
 
-    def __init__(self, sites: Mapping[int, ops.LoraSegments], runs: Sequence[Run]) -> None:
-        self._sites = sites
+    def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
+        self._joined: dict[int, ops.LoraSegments | None] = {}
 
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> LoraBatch:
-        """The segments that these runs need, adapters of any ranks and targets beside each other."""
-        parts: dict[int, list[tuple[ops.LoraSegments, int, int]]] = {}
-        for run in runs:
-            for site, updates in run.adapter.updates.items():
-                parts.setdefault(site, []).append((updates, run.start, run.stop))
-        return cls({site: ops.LoraSegments.joined(found) for site, found in parts.items()}, runs)
+    @cached_property
+    def pointed(self) -> list[tuple[int, int, ops.LoraPointers]] | None:
+        """Runs of tokens whose adapter changes linears, and where a GPU finds it; None where segments are read instead."""
+        runs = [run for run in self._runs if run.adapter.updates]
+        found = [(run.start, run.stop, run.adapter.pointers) for run in runs if run.adapter.pointers is not None]
+        return found if len(found) == len(runs) else None
 
-    @property
-    def sites(self) -> Mapping[int, ops.LoraSegments]:
-        """The segments of every linear that is changed."""
-        return self._sites
+    @cached_property
+    def _table(self) -> ops.LoraTable | None:
+        return ops.LoraTable(self.pointed) if self.pointed else None
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to `y` what the adapters of these rows change at linear `site`.
 
         x [tokens, in_features] · y [tokens, out_features], changed in place · rows of no adapter are not touched.
         """
-        segments = self._sites.get(site)
-        if segments is not None:
+        if self._table is not None:
+            ops.lora(y, x, ops.LoraUse(self._table, ops.LoraSites((site,))))
+        elif (segments := self._segments(site)) is not None:
             ops.lora(y, x, segments)
 
-    def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
-        """The same where rows offsets[g] to offsets[g + 1] belong to linear sites[g].
+    def apply_grouped(self, sites: ops.LoraSites, x: Tensor, y: Tensor, tokens: Tensor, offsets: Tensor | None = None) -> None:
+        """The same where rows offsets[g] to offsets[g + 1] belong to linear sites[g]; without offsets, all to the only one.
 
-        tokens [rows] int64: the token each row was made of, ascending within a group.
+        tokens [rows] int64: the token each row was made of, ascending within a linear.
         """
-        changed = {group: segments for group, site in enumerate(sites) if (segments := self._sites.get(site)) is not None}
+        if self._table is not None:
+            return ops.lora(y, x, ops.LoraUse(self._table, sites, tokens, offsets))
+        changed = {group: segments for group, site in enumerate(sites.numbers) if (segments := self._segments(site)) is not None}
         if not changed:
-            return
-        # On a GPU this waits for what made them: only for linears that some adapter changes.
-        bounds, owners = offsets.cpu().numpy(), tokens.cpu().numpy()
-        parts = []
+            return None
+        # Where this is no GPU's kernel but the reference, it waits for what made them: only for linears that some adapter changes.
+        bounds = np.array([0, len(tokens)]) if offsets is None else offsets.cpu().numpy()
+        owners, parts = tokens.cpu().numpy(), []
         for group in np.flatnonzero(np.diff(bounds)).tolist():
             segments = changed.get(group)
             if segments is None:
@@ -77,6 +78,14 @@ class LoraBatch:
                     parts.append((updates, first + begin, first + end))
         if parts:
             ops.lora(y, x, ops.LoraSegments.joined(parts))
+        return None
+
+    def _segments(self, site: int) -> ops.LoraSegments | None:
+        """Those of one linear, of all runs; None where no adapter changes it."""
+        if site not in self._joined:
+            parts = [(updates, run.start, run.stop) for run in self._runs if (updates := run.adapter.updates.get(site)) is not None]
+            self._joined[site] = ops.LoraSegments.joined(parts) if parts else None
+        return self._joined[site]
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """Add to `x`, in place, what the adapters of these tokens change in their embeddings. ids [tokens] · x [tokens, width]"""
@@ -156,6 +165,6 @@ class AdapterTable:
         last = self._last
         if last is not None and last[0] == runs:
             return last[1]
-        batch = LoraBatch.of(runs)
+        batch = LoraBatch(runs)
         self._last = (runs, batch)
         return batch

@@ -80,14 +80,12 @@ class CapturedSteps:
         """Captures of every size, the largest first: the others find room in the memory that it took."""
         kept: dict[int, Captured] = {}
         for rows in reversed(self._sizes):
-            adapters = FixedAdapters(self._linears, rows, self._dtype) if adapted else None
+            adapters = FixedAdapters(self._linears, rows, self._dtype, self._pool.kv.place) if adapted else None
             run, attention = self._pass(rows, adapters)
             why = obstacle(run)
             if why:
                 log.info("decoding steps%s are not captured: %s", " with adapters" * adapted, why)
                 return {}
-            if adapters is not None:
-                adapters.settle()
             kept[rows] = Captured(self._captures.capture(run), adapters, attention)
         return kept
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from kvrun_kernels.ops import LoraSites
 from torch import Tensor
 
 from kvrun.nn.linear import Linear, LinearDelta
@@ -24,7 +25,8 @@ class GroupedLinear:
     """Group g's rows times the transpose of linear g's weight, plus its bias, plus what the adapters of their tokens add."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._sites = [linear.site for linear in linears]
+        sites = [linear.site for linear in linears]
+        self._sites = LoraSites(tuple(sites), torch.tensor(sites))
         biases = [bias for linear in linears if (bias := linear.bias) is not None]
         self._weights = GroupedWeights([linear.weight for linear in linears], biases or None)
 
@@ -32,7 +34,7 @@ class GroupedLinear:
         """x [rows, in_features] -> [rows, out_features]"""
         y = self._weights.matmul(x, groups.offsets)
         if lora is not None:
-            lora.apply_grouped(self._sites, x, y, groups.offsets, groups.tokens)
+            lora.apply_grouped(self._sites, x, y, groups.tokens, groups.offsets)
         return y
 
 

@@ -3,12 +3,10 @@ the adapter table's; this file only joins the two."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from kvrun_kernels.ops import LoraSegments
+from kvrun_kernels.ops import LoraPointers, LoraSites
 from torch import Tensor
 
 from kvrun.quant.format import QuantizedLinear
@@ -38,8 +36,8 @@ class LinearDelta(Protocol):
     """What the adapters of one step add to a linear's output."""
 
     @property
-    def sites(self) -> Mapping[int, LoraSegments]:
-        """The segments of every linear that is changed."""
+    def pointed(self) -> list[tuple[int, int, LoraPointers]] | None:
+        """Runs of tokens whose adapter changes linears, and where a GPU finds it; None where that is not how it is found."""
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to y, in place, what the adapters of its rows make of x. x [T, in_features] · y [T, out_features]."""
@@ -47,10 +45,10 @@ class LinearDelta(Protocol):
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """Add to x, in place, what the adapters of its rows change in the embeddings of ids. ids [T] · x [T, width]."""
 
-    def apply_grouped(self, sites: Sequence[int], x: Tensor, y: Tensor, offsets: Tensor, tokens: Tensor) -> None:
-        """The same for rows that belong to many linears: rows offsets[g] to offsets[g + 1] to linear sites[g].
+    def apply_grouped(self, sites: LoraSites, x: Tensor, y: Tensor, tokens: Tensor, offsets: Tensor | None = None) -> None:
+        """The same for rows that belong to many linears: rows offsets[g] to offsets[g + 1] to linear sites[g], or all to the only one.
 
-        tokens [rows] int64: the token each row was made of, ascending within a group.
+        tokens [rows] int64: the token each row was made of, ascending within a linear.
         """
 
 
@@ -89,5 +87,5 @@ class Linear:
         """The same for some of the step's tokens, [S] int64 ascending. x [S, in_features] -> [S, out_features]"""
         y = self.weight.matmul(x, self.bias)
         if lora is not None:
-            lora.apply_grouped([self.site], x, y, torch.tensor([0, len(tokens)]), tokens)
+            lora.apply_grouped(LoraSites((self.site,)), x, y, tokens)
         return y
