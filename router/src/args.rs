@@ -9,6 +9,7 @@ use clap::Parser;
 
 use crate::api::Settings;
 use crate::api::auth::Keys;
+use crate::engine::Overlap;
 use crate::images::ImageSettings;
 use crate::request::AdapterSpec;
 
@@ -119,6 +120,9 @@ pub struct Args {
     /// Tokens of a sequence that one step computes on a guess, looked up in its own text; 0 = none
     #[arg(long, env, default_value_t = 0)]
     pub speculate: u32,
+    /// Plans and sends the next step while the shards compute one; auto: where they do not compute on the CPU
+    #[arg(long, env, value_enum, default_value_t)]
+    pub overlap: Overlap,
 
     /// API keys, comma between them; from the environment only, as arguments are visible to others
     #[arg(

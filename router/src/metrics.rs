@@ -86,9 +86,13 @@ pub const GUESSED_RIGHT: &str = "kvrun_guessed_right_tokens_total";
 pub const FAILED_ROWS: &str = "kvrun_failed_rows_total";
 /// Requests given up because the model process died of them, or of ones that ask the same.
 pub const POISON: &str = "kvrun_poison_total";
-/// Seconds between receiving an outcome and sending the next step: the router's own time between tokens.
+/// Seconds between receiving an outcome and sending the next step while the shards have none: the router's own time
+/// between tokens.
 pub const ROUTER_GAP: &str = "kvrun_router_gap_seconds";
-/// Seconds of a step that were neither the shard's nor the router's turn: wire and wake-ups.
+/// The same while the shards compute a step that was sent ahead: no token waits for it.
+pub const ROUTER_HIDDEN: &str = "kvrun_router_hidden_seconds";
+/// Seconds of a step that were neither the shard's nor the router's turn: wire and wake-ups. What a step waited at the
+/// shard behind the one before it hides them.
 pub const STEP_TRANSPORT: &str = "kvrun_step_transport_seconds";
 /// Seconds since the last outcome while work exists.
 pub const PROGRESS_AGE: &str = "kvrun_progress_age_seconds";
@@ -134,7 +138,8 @@ fn builder() -> PrometheusBuilder {
     ];
     let tokens =
         [GENERATED_TOKENS, INPUT_LENGTH, MAX_NEW_TOKENS].map(|name| Matcher::Full(name.into()));
-    let within_a_step = [ROUTER_GAP, STEP_TRANSPORT].map(|name| Matcher::Full(name.into()));
+    let within_a_step =
+        [ROUTER_GAP, ROUTER_HIDDEN, STEP_TRANSPORT].map(|name| Matcher::Full(name.into()));
     let with = |builder: PrometheusBuilder, matcher: Matcher, buckets: &[f64]| {
         builder
             .set_buckets_for_metric(matcher, buckets)
@@ -237,7 +242,11 @@ fn describe() {
         (TOKEN_DURATION, "Seconds of inference per generated token."),
         (
             ROUTER_GAP,
-            "Seconds between receiving an outcome and sending the next step.",
+            "Seconds between receiving an outcome and sending the next step while the shards have none.",
+        ),
+        (
+            ROUTER_HIDDEN,
+            "Seconds between receiving an outcome and sending a step while the shards compute another.",
         ),
         (
             STEP_TRANSPORT,

@@ -219,6 +219,8 @@ pub struct Status {
     pub step_tokens: u32,
     /// Numbers of rows whose decoding steps the shards captured as graphs.
     pub captured: Vec<u32>,
+    /// Whether a step is sent while the shards compute another.
+    pub overlap: bool,
     /// Most rows of one step.
     pub step_rows: u32,
     /// KV pages of the pool.

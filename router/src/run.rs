@@ -168,6 +168,7 @@ fn start(args: Args) -> Result<(), Fatal> {
         queue_tokens: 0,
         share_prefixes: args.share_prefix_cache,
         speculate: args.speculate,
+        overlap: args.overlap,
         adapters,
         control: control::channel(control),
     };

@@ -6,7 +6,7 @@
 use crate::adapter::Adapter;
 use crate::faults::{Faults, Mark};
 use crate::tokens;
-use kvrun_proto::{Admit, Row, RowOutcome, Sampling, Step, Token};
+use kvrun_proto::{Admit, Row, RowOutcome, Step};
 use std::collections::{HashMap, HashSet};
 
 macro_rules! rule {
@@ -19,9 +19,11 @@ macro_rules! rule {
 
 mod beside;
 mod rules;
+mod sequence;
 
 use beside::Beside;
-use rules::{check_row, prompt_tokens, read, write};
+use rules::{check_row, check_shared, prompt_tokens, read, write};
+use sequence::Sequence;
 
 /// Sizes a ledger checks against.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,60 +66,18 @@ pub enum Breach {
     Poison,
 }
 
-struct Sequence {
-    tokens: Vec<u32>,
-    /// `chains[i]` covers tokens `0..=i`.
-    chains: Vec<u64>,
-    root: u64,
-    prompt_tokens: u32,
-    sampling: Sampling,
-    adapter: u64,
-    beside: Beside,
-    pages: Vec<u32>,
-    computed: u32,
-    failed: bool,
-}
-
-impl Sequence {
-    /// Takes back what was supposed after `known` tokens.
-    fn truncate(&mut self, known: usize) {
-        self.tokens.truncate(known);
-        self.chains.truncate(known);
-    }
-
-    fn push(&mut self, token: u32) {
-        let position = self.tokens.len();
-        let before = self.chain_before(position);
-        let seen = self.beside.seen_at(position as u32);
-        self.tokens.push(token);
-        self.chains.push(tokens::extend_seen(before, token, seen));
-    }
-
-    /// Samples the next token and appends it.
-    fn sample(&mut self, vocabulary: u32) -> Token {
-        let answered = self.tokens.len() as u32 - self.prompt_tokens;
-        let chain = self.chain_before(self.tokens.len());
-        let token = tokens::sample(chain, &self.sampling, answered, vocabulary);
-        self.push(token.id);
-        token
-    }
-
-    fn chain_before(&self, position: usize) -> u64 {
-        match position.checked_sub(1) {
-            Some(last) => self.chains[last],
-            None => self.root,
-        }
-    }
-}
-
 /// One epoch's sequences, pages and adapters.
 pub struct Ledger {
     sizes: Sizes,
     /// Number of the last step.
     number: u64,
+    /// The last step that the router may have had the answer of when it sent that one.
+    answered: u64,
     sequences: HashMap<u64, Sequence>,
     /// Chains written into each page, slot by slot.
     pages: Vec<Vec<u64>>,
+    /// The last step that wrote to each page.
+    written: Vec<u64>,
     /// Live sequences whose table holds the page.
     users: Vec<u32>,
     adapters: HashMap<u64, Adapter>,
@@ -129,8 +89,10 @@ impl Ledger {
         Self {
             sizes,
             number: 0,
+            answered: 0,
             sequences: HashMap::new(),
             pages: vec![Vec::new(); sizes.pages as usize],
+            written: vec![0; sizes.pages as usize],
             users: vec![0; sizes.pages as usize],
             adapters: HashMap::new(),
         }
@@ -182,15 +144,20 @@ impl Ledger {
         self.adapters.len()
     }
 
-    /// Computes one step: release, then admit, then rows.
-    pub fn step(&mut self, step: &Step, faults: &Faults) -> Result<Vec<RowOutcome>, Breach> {
+    /// Computes one step: release, then admit, then rows. The outcome of `answered` was the last one sent when it came.
+    pub fn step(
+        &mut self,
+        step: &Step,
+        answered: u64,
+        faults: &Faults,
+    ) -> Result<Vec<RowOutcome>, Breach> {
         rule!(
             step.number == self.number + 1,
             "step {} after step {}",
             step.number,
             self.number
         );
-        self.number = step.number;
+        (self.number, self.answered) = (step.number, answered);
         for id in &step.release {
             let sequence = self.sequences.remove(id);
             let Some(sequence) = sequence else {
@@ -299,7 +266,7 @@ impl Ledger {
             adapter: admit.adapter,
             pages: Vec::new(),
             computed: 0,
-            failed: false,
+            failed: None,
         };
         admit.tokens.iter().for_each(|&token| sequence.push(token));
         self.sequences.insert(id, sequence);
@@ -336,16 +303,24 @@ impl Ledger {
                 "row of sequence {id}, which is not admitted"
             )));
         };
-        check_row(row, sequence, &self.sizes)?;
         let mut outcome = RowOutcome {
             sequence: id,
             ..Default::default()
         };
+        if let Some((at, why)) = &sequence.failed {
+            rule!(
+                self.number == at + 1,
+                "sequence {id} goes on after its row failed in step {at}"
+            );
+            outcome.error = why.clone();
+            return Ok(outcome);
+        }
+        check_row(row, sequence, &self.sizes)?;
         let marked = [&sequence.tokens, &sequence.beside.source];
         match marked.into_iter().find_map(|ids| faults.mark_of(ids)) {
             Some(Mark::Poison) => return Err(Breach::Poison),
             Some(Mark::RowError(text)) => {
-                sequence.failed = true;
+                sequence.failed = Some((self.number, text.clone()));
                 outcome.error = text;
                 return Ok(outcome);
             }
@@ -354,9 +329,15 @@ impl Ledger {
         let width = self.sizes.page_tokens as usize;
         sequence.beside.read(&self.pages, id)?;
         read(sequence, row.start as usize, width, &self.pages, id)?;
+        if sequence.computed == 0 {
+            check_shared(row, sequence, width, &self.written, self.answered)?;
+        }
         let known = sequence.tokens.len();
         row.drafts.iter().for_each(|&draft| sequence.push(draft));
         write(sequence, row, width, &mut self.pages, &self.users)?;
+        for position in row.start as usize..(row.start + row.tokens) as usize {
+            self.written[sequence.pages[position / width] as usize] = self.number;
+        }
         sequence.truncate(known);
         sequence.computed = row.start + row.tokens - row.drafts.len() as u32;
         if sequence.sampling.prompt_logprobs {

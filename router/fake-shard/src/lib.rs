@@ -14,6 +14,7 @@ use kvrun_proto::{Description, ImageRule, Step};
 use ledger::{ImageSizes, Ledger, Sizes};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use tokio::net::UnixListener;
@@ -58,6 +59,10 @@ pub struct Options {
     pub adapter_bytes: u64,
     /// What its sequences keep.
     pub state: State,
+    /// Most steps without an answer that the router may have sent.
+    pub in_flight: u64,
+    /// Where it says that it computes.
+    pub device: String,
     /// How images become ids, when it takes them.
     pub images: Option<ImageRule>,
 }
@@ -75,6 +80,8 @@ impl Default for Options {
             pages: 4096,
             adapter_bytes: 64 << 20,
             state: State::Pages,
+            in_flight: 1,
+            device: "cpu".to_owned(),
             images: None,
         }
     }
@@ -132,7 +139,7 @@ impl Options {
             model_digest: format!("{:064x}", self.vocabulary),
             architecture: "FakeForCausalLM".to_owned(),
             dtype: "float32".to_owned(),
-            device: "cpu".to_owned(),
+            device: self.device.clone(),
             rank: self.rank,
             world: self.world,
             vocabulary: self.vocabulary,
@@ -177,6 +184,7 @@ pub struct Usage {
 #[derive(Debug, Default)]
 pub struct Watch {
     seen: Mutex<(Vec<String>, Usage, Usage)>,
+    deepest: AtomicU64,
 }
 
 impl Watch {
@@ -207,6 +215,15 @@ impl Watch {
         if usage.rows > seen.2.rows {
             seen.2 = usage;
         }
+    }
+
+    pub(crate) fn queued(&self, steps: u64) {
+        self.deepest.fetch_max(steps, Ordering::Relaxed);
+    }
+
+    /// Most steps that lay here without an answer at once, so far.
+    pub fn deepest(&self) -> u64 {
+        self.deepest.load(Ordering::Relaxed)
     }
 
     /// Every broken rule so far; a router without bugs leaves this empty.

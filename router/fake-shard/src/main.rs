@@ -89,6 +89,7 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         vocabulary: args.vocabulary,
         page_tokens: args.page_tokens,
         pages: args.pages,
+        in_flight: 2,
         ..Default::default()
     };
     if let [_, folder, ..] = args.words.as_slice() {

@@ -10,6 +10,7 @@ use kvrun_proto::{
     ReserveRequest, Step, Token, UnloadAdapterRequest, UnloadedAdapter,
 };
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -64,13 +65,13 @@ impl Shard {
     }
 
     /// Computes one step; `Ok(None)` when the shard dies of it.
-    fn compute(&self, step: &Step) -> Result<Option<Outcome>, Status> {
+    fn compute(&self, step: &Step, answered: u64) -> Result<Option<Outcome>, Status> {
         let begun = Instant::now();
         let mut state = self.state();
         if step.epoch != state.epoch {
             return Err(Status::aborted(format!("epoch {} began", state.epoch)));
         }
-        let rows = match state.ledger.step(step, &self.faults) {
+        let rows = match state.ledger.step(step, answered, &self.faults) {
             Ok(rows) => rows,
             Err(Breach::Poison) => return Ok(None),
             Err(Breach::Rule(text)) => return Err(self.breach(text)),
@@ -89,12 +90,32 @@ impl Shard {
         }))
     }
 
-    async fn serve(
+    /// Takes steps as they come, so that it is known how many lie here; also says which was the last one answered then.
+    async fn read(
         self,
         mut steps: Streaming<Step>,
-        replies: mpsc::Sender<Result<Outcome, Status>>,
+        queue: mpsc::UnboundedSender<(Step, u64)>,
+        answered: Arc<AtomicU64>,
     ) {
         while let Ok(Some(step)) = steps.message().await {
+            let answered = answered.load(Ordering::Acquire);
+            let here = step.number.saturating_sub(answered);
+            self.watch.queued(here);
+            if here > self.options.in_flight {
+                let most = self.options.in_flight;
+                self.breach(format!("{here} steps lie here, {most} at most may"));
+            }
+            if queue.send((step, answered)).is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn serve(self, steps: Streaming<Step>, replies: mpsc::Sender<Result<Outcome, Status>>) {
+        let (queue, mut queued) = mpsc::unbounded_channel();
+        let answered = Arc::new(AtomicU64::new(0));
+        tokio::spawn(self.clone().read(steps, queue, answered.clone()));
+        while let Some((step, known)) = queued.recv().await {
             let (fault, delay) = self.faults.next_step();
             if fault == Some(Fault::Hang) {
                 std::future::pending::<()>().await;
@@ -110,7 +131,7 @@ impl Shard {
             if delay > Duration::ZERO {
                 tokio::time::sleep(delay).await;
             }
-            let outcome = match self.compute(&step) {
+            let outcome = match self.compute(&step, known) {
                 Ok(Some(outcome)) => outcome,
                 Ok(None) => return (self.die)(),
                 Err(status) => {
@@ -118,6 +139,8 @@ impl Shard {
                     return;
                 }
             };
+            // Before it is sent: the router may act on it at once.
+            answered.store(step.number, Ordering::Release);
             let batch = match fault {
                 Some(Fault::DropReply) => vec![],
                 Some(Fault::DuplicateReply) => vec![outcome.clone(), outcome],

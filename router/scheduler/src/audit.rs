@@ -67,7 +67,7 @@ impl Scheduler {
                 tokens += sequence.request.tokens();
             }
             let (own, memory) = (sequence.table.len(), sequence.memory.len());
-            if waits && (own + memory > 0 || sequence.computed > 0) {
+            if waits && (own + memory > 0 || sequence.planned > 0) {
                 return Err(format!(
                     "request {id} waits and holds {own} pages and {memory} of memory"
                 ));
@@ -83,6 +83,18 @@ impl Scheduler {
             }
             if runs && sequence.computed >= sequence.journal.len() {
                 return Err(format!("request {id} has nothing left to compute"));
+            }
+            let flown = self.in_flight().filter(|row| row.sequence == id);
+            let (mut planned, mut pending) = (sequence.computed, 0);
+            for row in flown.filter(|_| runs) {
+                planned = row.start + row.known();
+                pending += u32::from(row.sample);
+            }
+            if (sequence.planned, sequence.pending) != (planned, pending) {
+                return Err(format!(
+                    "request {id} counts {} tokens planned and {} pending, {planned} and {pending} are",
+                    sequence.planned, sequence.pending
+                ));
             }
             if sequence.preemptions > 3 {
                 return Err(format!(

@@ -4,8 +4,7 @@ use crate::flight::Epoch;
 use crate::pages::Pages;
 use crate::sequence::Sequence;
 use crate::step::{Acceptance, Event, Failure, Finish, Reply, Row, RowReply, Violation, What};
-use crate::{Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
-use std::collections::BTreeSet;
+use crate::{AdapterId, Grant, LoadFault, QueueLimits, Scheduler, Time, waiting};
 
 /// A request that recovers fails when no token came for this long.
 const RECOVERY: Time = Time::from_secs(120);
@@ -99,8 +98,7 @@ impl Scheduler {
             if let Some(sequence) = self.sequences.get_mut(&id) {
                 sequence.table.clear();
                 sequence.memory.clear();
-                sequence.computed = 0;
-                sequence.published = 0;
+                sequence.forget();
                 self.queue.push(waiting(id, sequence));
                 self.replays += 1;
                 self.recover_by(id, Some(now + RECOVERY));
@@ -110,7 +108,15 @@ impl Scheduler {
             self.fail_adapter(now, id);
         }
         let rows = epoch.in_flight.iter().flat_map(|step| &step.rows);
-        let struck: BTreeSet<u64> = rows.map(|row| row.sequence).collect();
+        let mut struck: Vec<u64> = rows.map(|row| row.sequence).collect();
+        struck.sort_unstable();
+        // A death counts once, however many rows of a sequence were in flight.
+        #[cfg(test)]
+        if !self.has(crate::PlantedBug::StrikeTwice) {
+            struck.dedup();
+        }
+        #[cfg(not(test))]
+        struck.dedup();
         for id in struck {
             self.strike(now, id);
         }
@@ -178,10 +184,11 @@ impl Scheduler {
 
     fn commit_row(&mut self, now: Time, index: usize, row: &Row, answer: &RowReply) {
         let id = row.sequence;
-        // Cancelled or failed while the step was in flight: its release is already on the way.
-        if !self.running.contains(&id) {
+        // Ended while the step was in flight: its release goes with the next one, if it is not on its way.
+        let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
-        }
+        };
+        sequence.land(row);
         let vocabulary = self.model.vocabulary;
         let foreign = answer.tokens.iter().find(|&&token| token >= vocabulary);
         if let Some(error) = &answer.error {
@@ -196,6 +203,11 @@ impl Scheduler {
             self.learn(row, answer.tokens.len() as u32 - 1);
         }
         let mut computed = row.start + row.known();
+        #[cfg(test)]
+        if self.has(crate::PlantedBug::TrustInFlight) {
+            let sequence = self.sequences.get(&id);
+            computed = sequence.map_or(computed, |sequence| sequence.planned);
+        }
         #[cfg(test)]
         if self.has(crate::PlantedBug::TrustGuesses) {
             computed = row.start + row.tokens;
@@ -257,7 +269,7 @@ impl Scheduler {
         };
         let width = self.model.page_tokens;
         let (first, full) = (sequence.published, computed / width);
-        sequence.computed = computed;
+        sequence.acknowledge(computed);
         sequence.published = full;
         if !sequence.request.shares(&self.model) {
             return;
@@ -302,5 +314,20 @@ impl Scheduler {
     /// An unload is done.
     pub fn adapter_unloaded(&mut self, handle: u64) {
         self.adapters.unloaded(handle);
+    }
+
+    /// Ends every request of an adapter whose load failed for good.
+    pub(crate) fn fail_adapter(&mut self, now: Time, adapter: AdapterId) {
+        let reason = match self.adapters.get(adapter).map(|view| &view.residency) {
+            Some(crate::Residency::Failed { reason, .. }) => reason.clone(),
+            _ => return,
+        };
+        let of_it = |(&id, sequence): (&u64, &Sequence)| {
+            (sequence.request.adapter == Some(adapter)).then_some(id)
+        };
+        let open: Vec<u64> = self.sequences.iter().filter_map(of_it).collect();
+        for id in open {
+            self.fail(now, id, Failure::Adapter(reason.clone()));
+        }
     }
 }

@@ -32,6 +32,18 @@ pub(crate) struct Released {
     pub(crate) adapter: Option<AdapterId>,
 }
 
+#[cfg(test)]
+impl Released {
+    /// The same with its adapter taken for free already.
+    pub(crate) fn unheld(mut self, adapters: &mut crate::Adapters) -> Self {
+        self.adapter
+            .take()
+            .into_iter()
+            .for_each(|adapter| adapters.unhold(adapter));
+        self
+    }
+}
+
 impl Epoch {
     /// One without steps.
     pub(crate) fn new(number: u64) -> Self {

@@ -4,6 +4,7 @@
 //! request. No I/O, no clock, no randomness: the same calls give the same steps, which is what makes it simulable.
 
 mod adapters;
+mod ahead;
 mod audit;
 mod budget;
 mod chunk;
@@ -321,7 +322,8 @@ impl Scheduler {
         true
     }
 
-    /// Takes a running sequence off the shard: its pages are free at once, because the next step releases it first.
+    /// Takes a running sequence off the shard: its pages are free at once, because the next step releases it first, and
+    /// the shards compute what is in flight before that step.
     fn withdraw(&mut self, id: u64) {
         if !self.running.remove(&id) {
             return;
@@ -335,13 +337,20 @@ impl Scheduler {
         }
         self.pages.give_back(&mut sequence.table);
         self.pages.give_back(&mut sequence.memory);
-        sequence.computed = 0;
-        sequence.published = 0;
+        sequence.forget();
         if let Some(epoch) = &mut self.epoch {
-            epoch.release.push(Released {
+            let released = Released {
                 sequence: id,
                 adapter: sequence.request.adapter,
-            });
+            };
+            #[cfg(test)]
+            if self.planted == Some(PlantedBug::ReleaseInFlight)
+                && let Some(step) = epoch.in_flight.back_mut()
+            {
+                step.released.push(released);
+                return;
+            }
+            epoch.release.push(released);
         }
     }
 

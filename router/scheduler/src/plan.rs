@@ -3,7 +3,6 @@
 use crate::budget::Draft;
 use crate::flight::InFlight;
 use crate::prefix::Key;
-use crate::sequence::Sequence;
 use crate::span::cut_at;
 use crate::step::{Admission, Event, Failure, Row, Step, What};
 use crate::{AdapterId, AdapterOrder, Scheduler, Time, waiting};
@@ -34,24 +33,40 @@ impl Scheduler {
         if !epoch.in_flight.is_empty() {
             return None;
         }
-        let mut draft = Draft::new(self.step_tokens, self.config.step_rows);
-        let mut admit = Vec::new();
         if let Some(suspect) = self.suspects.first().copied() {
+            let mut draft = Draft::new(self.step_tokens, self.config.step_rows);
+            let mut admit = Vec::new();
             self.plan_alone(now, suspect, &mut draft, &mut admit);
             return self.send(now, draft.finish(), admit);
         }
+        let (mut rows, admit, spare) = self.fill(now);
+        self.speculate(&mut rows, spare);
+        self.send(now, rows, admit)
+    }
+
+    /// Rows and admissions of a step, and the tokens of its budget that no row has a use for.
+    pub(crate) fn fill(&mut self, now: Time) -> (Vec<Row>, Vec<Admission>, u32) {
+        let mut draft = Draft::new(self.step_tokens, self.config.step_rows);
+        let mut admit = Vec::new();
         // Newcomers would take the room that an image waits for.
         if self.plan_running(&mut draft) {
             self.plan_waiting(now, &mut draft, &mut admit);
         }
         let spare = draft.spare();
-        let mut rows = draft.finish();
-        self.speculate(&mut rows, spare);
-        self.send(now, rows, admit)
+        (draft.finish(), admit, spare)
     }
 
-    fn send(&mut self, now: Time, rows: Vec<Row>, admit: Vec<Admission>) -> Option<Step> {
+    /// The step of these rows and all that is to be released, in flight from now on; `None` when it would say nothing.
+    pub(crate) fn send(
+        &mut self,
+        now: Time,
+        rows: Vec<Row>,
+        admit: Vec<Admission>,
+    ) -> Option<Step> {
         for row in &rows {
+            if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
+                sequence.depart(row);
+            }
             #[cfg(test)]
             if self.has(crate::PlantedBug::FreePrompts) && row.tokens > 1 {
                 continue;
@@ -63,6 +78,14 @@ impl Scheduler {
             return None;
         }
         let released = std::mem::take(&mut epoch.release);
+        #[cfg(test)]
+        let released = match self.planted {
+            Some(crate::PlantedBug::UnholdEarly) => released
+                .into_iter()
+                .map(|released| released.unheld(&mut self.adapters))
+                .collect(),
+            _ => released,
+        };
         epoch.steps += 1;
         let step = Step {
             epoch: epoch.number,
@@ -93,7 +116,7 @@ impl Scheduler {
         }
     }
 
-    fn expire(&mut self, now: Time) {
+    pub(crate) fn expire(&mut self, now: Time) {
         while let Some(&(at, id)) = self.deadlines.first() {
             if at > now {
                 return;
@@ -147,10 +170,16 @@ impl Scheduler {
         let running: Vec<u64> = self.running.iter().copied().collect();
         let (mut decoding, mut prompts) = (Vec::with_capacity(running.len()), Vec::new());
         for id in running {
-            match self.sequences.get(&id).map(Sequence::remaining) {
-                Some(1) => decoding.push(id),
-                Some(_) => prompts.push(id),
-                None => {}
+            let Some(sequence) = self.sequences.get(&id) else {
+                continue;
+            };
+            let spent = sequence.is_spent();
+            #[cfg(test)]
+            let spent = spent && !self.has(crate::PlantedBug::Overrun);
+            match sequence.remaining() {
+                _ if spent => {}
+                1 => decoding.push(id),
+                _ => prompts.push(id),
             }
         }
         let decoded = self.continue_rows(decoding, draft);
@@ -175,7 +204,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return true;
         };
-        let work = sequence.work_from(sequence.computed, &self.model);
+        let work = sequence.work_from(sequence.planned, &self.model);
         #[cfg(test)]
         let work = match self.planted {
             Some(crate::PlantedBug::CutImages) => crate::budget::Work {
@@ -193,14 +222,24 @@ impl Scheduler {
         true
     }
 
-    /// Gives a running sequence pages for every known token; the youngest give way, itself included. False when it did.
+    /// Gives a running sequence pages for every known or pending token; the youngest give way, itself included. False
+    /// when it did.
     fn grow(&mut self, id: u64) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 return false;
             };
-            let need = sequence.journal.len().div_ceil(self.model.page_tokens);
-            if sequence.table.len() as u32 >= need {
+            let lacks = sequence.lacks(self.model.page_tokens);
+            #[cfg(test)]
+            let lacks = match self.planted {
+                Some(crate::PlantedBug::ForgetPending) => {
+                    let known = sequence.journal.len();
+                    let need = known.div_ceil(self.model.page_tokens);
+                    need.saturating_sub(sequence.table.len() as u32)
+                }
+                _ => lacks,
+            };
+            if lacks == 0 {
                 return true;
             }
             if let Some(page) = self.pages.take() {
@@ -322,7 +361,7 @@ impl Scheduler {
         self.queue.remove(waiting(id, sequence));
         sequence.table = table;
         sequence.memory = (0..beside).map_while(|_| self.pages.take()).collect();
-        sequence.computed = shared * width;
+        sequence.acknowledge(shared * width);
         sequence.published = shared;
         sequence.sent = 0;
         if !sequence.started {
@@ -348,20 +387,5 @@ impl Scheduler {
             .charge(sequence.tenant, sequence.request.adapter, memory);
         self.continue_row(id, draft);
         true
-    }
-
-    /// Ends every request of an adapter whose load failed for good.
-    pub(crate) fn fail_adapter(&mut self, now: Time, adapter: AdapterId) {
-        let reason = match self.adapters.get(adapter).map(|view| &view.residency) {
-            Some(crate::Residency::Failed { reason, .. }) => reason.clone(),
-            _ => return,
-        };
-        let of_it = |(&id, sequence): (&u64, &Sequence)| {
-            (sequence.request.adapter == Some(adapter)).then_some(id)
-        };
-        let open: Vec<u64> = self.sequences.iter().filter_map(of_it).collect();
-        for id in open {
-            self.fail(now, id, Failure::Adapter(reason.clone()));
-        }
     }
 }

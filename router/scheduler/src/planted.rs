@@ -23,4 +23,20 @@ pub enum PlantedBug {
     FreePrompts,
     /// Pages count as computed up to the last guess, right or wrong.
     TrustGuesses,
+    /// Tokens count as computed once the row before theirs is answered, while theirs is in flight.
+    TrustInFlight,
+    /// A row goes ahead although the pending token is the last that was asked for.
+    Overrun,
+    /// A row goes ahead without a page for the pending token.
+    ForgetPending,
+    /// A row goes ahead of one with guesses.
+    GuessAhead,
+    /// Sequences give way while a row of theirs is in flight.
+    PreemptInFlight,
+    /// A release is taken for said with the step that is in flight already.
+    ReleaseInFlight,
+    /// An adapter counts as unused once the release of its sequence is sent.
+    UnholdEarly,
+    /// A death counts twice for a sequence with two rows in flight.
+    StrikeTwice,
 }

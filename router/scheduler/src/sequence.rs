@@ -4,6 +4,7 @@ use crate::budget::Work;
 use crate::lookup::Lookup;
 use crate::prefix::Key;
 use crate::span::{Span, within};
+use crate::step::Row;
 use crate::{AdapterId, Model, Time};
 use std::sync::Arc;
 
@@ -118,6 +119,10 @@ pub struct Sequence {
     pub(crate) memory: Vec<u32>,
     /// Tokens that lie in those pages, by the shard's own word.
     pub(crate) computed: u32,
+    /// Tokens that will lie there when every step in flight is answered, guesses aside.
+    pub(crate) planned: u32,
+    /// Tokens that steps in flight sample: they will be known, and count as if they were.
+    pub(crate) pending: u32,
     /// Pages of the table that the shard was told of.
     pub(crate) sent: u32,
     /// Pages whose keys were offered to the cache.
@@ -146,6 +151,8 @@ impl Sequence {
             table: Vec::new(),
             memory: Vec::new(),
             computed: 0,
+            planned: 0,
+            pending: 0,
             sent: 0,
             published: 0,
             keys: Vec::new(),
@@ -157,16 +164,57 @@ impl Sequence {
         }
     }
 
-    /// Tokens known and not computed, at least one for an open request.
+    /// Tokens known or pending.
+    pub(crate) fn length(&self) -> u32 {
+        self.journal.len() + self.pending
+    }
+
+    /// Tokens known or pending that no step was planned for, at least one for an open request.
     pub(crate) fn remaining(&self) -> u32 {
-        self.journal.len() - self.computed
+        self.length() - self.planned
+    }
+
+    /// Whether its answer will have all tokens it asked for when the pending ones came; the last is never computed.
+    pub(crate) fn is_spent(&self) -> bool {
+        self.pending > 0 && self.unanswered() <= self.pending
+    }
+
+    /// Pages that its table lacks for the tokens known or pending.
+    pub(crate) fn lacks(&self, page_tokens: u32) -> u32 {
+        let need = self.length().div_ceil(page_tokens);
+        need.saturating_sub(self.table.len() as u32)
+    }
+
+    /// A row of it is on its way.
+    pub(crate) fn depart(&mut self, row: &Row) {
+        self.planned = row.start + row.known();
+        self.pending += u32::from(row.sample);
+    }
+
+    /// The shard answered its oldest row in flight.
+    pub(crate) fn land(&mut self, row: &Row) {
+        self.pending -= u32::from(row.sample);
+    }
+
+    /// By the shard's word everything before `computed` lies in its pages.
+    pub(crate) fn acknowledge(&mut self, computed: u32) {
+        self.computed = computed;
+        self.planned = self.planned.max(computed);
+    }
+
+    /// The shard holds nothing of it any more.
+    pub(crate) fn forget(&mut self) {
+        self.computed = 0;
+        self.planned = 0;
+        self.pending = 0;
+        self.published = 0;
     }
 
     /// What is left to compute when everything before `start` is.
     pub(crate) fn work_from(&self, start: u32, model: &Model) -> Work {
         Work {
             start,
-            tokens: self.journal.len() - start,
+            tokens: self.length() - start,
             whole: match model.together {
                 true => self.request.images.clone(),
                 false => Arc::default(),

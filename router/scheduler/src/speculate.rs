@@ -22,7 +22,7 @@ impl Scheduler {
     /// Adds guesses to the rows of a step in which every sequence decodes and `spare` tokens are left; all rows share them.
     pub(crate) fn speculate(&mut self, rows: &mut [Row], spare: u32) {
         let decoding = rows.iter().all(|row| row.sample && row.tokens == 1);
-        if self.config.speculate == 0 || self.model.recurrent || !decoding {
+        if !decoding || !self.may_guess(rows.len() as u32) {
             return;
         }
         let mut rows_left = rows.len() as u32;
@@ -33,6 +33,11 @@ impl Scheduler {
             rows_left -= 1;
             left -= row.guesses.len() as u32;
         }
+    }
+
+    /// Whether a step of so many decoding rows has room for guesses.
+    pub(crate) fn may_guess(&self, rows: u32) -> bool {
+        self.config.speculate > 0 && !self.model.recurrent && rows < WORTH
     }
 
     /// Adds at most `most` guesses to a row, no more than its answer may still use and free pages can hold.

@@ -57,6 +57,8 @@ pub struct Info {
     pub kernels: BTreeMap<String, String>,
     /// Numbers of rows whose decoding steps are captured as CUDA graphs.
     pub cuda_graphs: Vec<u32>,
+    /// Whether the next step is planned and sent while one is computed.
+    pub overlap: bool,
     /// Module names that adapters may change.
     pub lora_targets: Vec<String>,
     /// What a sequence keeps on the shards: "pages", "slots", "memory".
@@ -111,6 +113,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         vocabulary: description.vocabulary,
         kernels: description.kernels.into_iter().collect(),
         cuda_graphs: status.captured.clone(),
+        overlap: status.overlap,
         lora_targets: description.lora_targets,
         state_kinds: description.state_kinds,
         off: off.iter().map(|off| (off.feature, off.reason)).collect(),

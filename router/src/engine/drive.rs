@@ -1,20 +1,18 @@
-//! The engine's task: it owns the scheduler, keeps one step in flight, and tells every request what happened to it.
+//! The engine's task: it owns the scheduler, keeps the shards in steps, and tells every request what happened to it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use kvrun_proto::{LoadedAdapter, Outcome};
-use kvrun_scheduler::{
-    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, Residency, Scheduler,
-    Time,
-};
+use kvrun_proto::Outcome;
+use kvrun_scheduler::{Acceptance, AdapterId, Config, Grant, Model, Scheduler, Step, Time};
 use tokio::sync::{mpsc, oneshot, watch};
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::adapters::Registry;
+use super::calls::{Called, call};
 use super::meters::Meters;
 use super::shards::{self, Group, Wish};
 use super::tell::{Open, forget_half_prompts, size};
@@ -32,12 +30,6 @@ const COMMANDS: usize = 256;
 pub(super) enum Link {
     Connecting(BoxFuture<'static, Group>),
     Serving(Box<Group>),
-}
-
-/// A finished call about an adapter.
-enum Called {
-    Loaded(u64, Result<LoadedAdapter, Status>),
-    Unloaded(u64),
 }
 
 /// What woke the task.
@@ -73,8 +65,10 @@ pub(super) struct Driver {
     pub(super) origin: Instant,
     pub(super) watchdog: Watchdog,
     pub(super) progressed: Instant,
-    /// Whether the step in flight computes no prompt.
-    pub(super) decodes: bool,
+    /// Whether each step in flight computes no prompt, oldest first.
+    pub(super) decodes: VecDeque<bool>,
+    /// Whether a step is sent while another is in flight.
+    pub(super) overlaps: bool,
     pub(super) meters: Meters,
 }
 
@@ -116,7 +110,8 @@ impl Driver {
             origin: now,
             watchdog: Watchdog::default(),
             progressed: now,
-            decodes: true,
+            decodes: VecDeque::new(),
+            overlaps: false,
             meters: Meters::new(),
             options,
         };
@@ -220,6 +215,8 @@ impl Driver {
         status.captured = reserved.captured;
         status.step_tokens = grant.step_tokens;
         status.step_rows = self.options.step_rows.max(1);
+        self.overlaps = self.options.overlap.is_on(&description.device);
+        status.overlap = self.overlaps;
         status.description = Some(description);
         drop(shown);
         self.scheduler.begin_epoch(self.now(), grant);
@@ -235,8 +232,8 @@ impl Driver {
             open = self.open.len(),
             "lost the model shards"
         );
-        if self.watchdog.in_flight() {
-            self.meters.lost(self.decodes);
+        for decodes in self.decodes.drain(..) {
+            self.meters.lost(decodes);
         }
         self.watchdog.rest();
         self.calls.clear();
@@ -244,7 +241,7 @@ impl Driver {
         self.link = self.connect();
     }
 
-    /// Commits an outcome and sends the next step before anybody hears of it: the shards wait, the clients do not.
+    /// Commits an outcome and sends what follows before anybody hears of it: the shards wait, the clients do not.
     pub(super) async fn outcome(&mut self, mut outcome: Outcome) {
         let received = Instant::now();
         let reply = wire::reply(&outcome);
@@ -255,9 +252,19 @@ impl Driver {
         }
         self.progressed = received;
         let took = self.watchdog.answered(received);
-        let decodes = self.decodes;
-        if self.advance() {
+        let decodes = self.decodes.pop_front().unwrap_or_default();
+        let waited = !self.watchdog.in_flight();
+        let sent = self.advance();
+        if sent {
             self.meters.gap(received.elapsed());
+        }
+        // A step ahead is planned when an outcome comes, and not when a request does, so that requests that come close
+        // after each other are in one step.
+        let ahead = self.advance_ahead();
+        if ahead && !waited {
+            self.meters.hidden(received.elapsed());
+        }
+        if sent || ahead {
             // Lets the connection write the step before the clients' channels are filled.
             tokio::task::yield_now().await;
         }
@@ -283,61 +290,34 @@ impl Driver {
         for order in orders {
             self.calls.push(call(group, &self.registry, order));
         }
-        let Some(step) = planned else {
+        planned.is_some_and(|step| self.send(step))
+    }
+
+    /// Sends the step after the one in flight, where steps overlap and there is something to go on with.
+    fn advance_ahead(&mut self) -> bool {
+        if !self.overlaps {
+            return false;
+        }
+        let planned = self.scheduler.plan_ahead(self.now());
+        planned.is_some_and(|step| self.send(step))
+    }
+
+    fn send(&mut self, step: Step) -> bool {
+        let Link::Serving(group) = &mut self.link else {
             return false;
         };
         forget_half_prompts(&step, &mut self.open);
         let size = size(&step, &self.open);
-        self.decodes = step.rows.iter().all(|row| row.known() == 1);
+        let decodes = step.rows.iter().all(|row| row.known() == 1);
         let sent = group.send(wire::step(&self.scheduler, step, &self.open));
         self.watchdog.sent(Instant::now(), size);
-        self.meters.sent(self.decodes);
+        self.meters.sent(decodes);
+        self.decodes.push_back(decodes);
         if let Err(status) = sent {
             self.lose(&status.to_string());
             return false;
         }
         true
-    }
-
-    fn called(&mut self, called: Called) {
-        let now = self.now();
-        match called {
-            Called::Unloaded(handle) => self.scheduler.adapter_unloaded(handle),
-            Called::Loaded(handle, Ok(loaded)) => {
-                let id = self.scheduler.adapters().of_handle(handle);
-                self.scheduler
-                    .adapter_loaded(now, handle, &loaded.digest, loaded.bytes);
-                if let Some(id) = id {
-                    self.registry.describe(id, &loaded);
-                }
-            }
-            Called::Loaded(handle, Err(status)) => {
-                let fault = match status.code() {
-                    Code::NotFound => LoadFault::Missing,
-                    Code::ResourceExhausted => LoadFault::NoRoom,
-                    // Says nothing about the adapter. Where the connection broke, the epoch ends as well.
-                    Code::Unavailable | Code::Aborted | Code::Cancelled | Code::Unknown => {
-                        LoadFault::Unanswered
-                    }
-                    _ => LoadFault::Unfit,
-                };
-                let id = self.scheduler.adapters().of_handle(handle);
-                let reason = status.message();
-                self.scheduler
-                    .adapter_load_failed(now, handle, fault, reason);
-                let adapters = self.scheduler.adapters();
-                let view = id.and_then(|id| adapters.get(id));
-                let absent = view.is_some_and(|view| view.residency == Residency::Absent);
-                if absent && !id.is_some_and(|id| adapters.is_coming(id)) {
-                    tracing::info!(
-                        reason,
-                        "no room to load more adapters early; the first request for one loads it"
-                    );
-                } else {
-                    tracing::warn!(handle, reason, "an adapter was not loaded");
-                }
-            }
-        }
     }
 
     pub(super) fn watch(&mut self) {
@@ -356,31 +336,5 @@ async fn hear(link: &mut Link) -> Woken {
     match link {
         Link::Connecting(group) => Woken::Group(group.await),
         Link::Serving(group) => Woken::Outcome(group.outcome().await),
-    }
-}
-
-fn call(group: &Group, registry: &Registry, order: AdapterOrder) -> BoxFuture<'static, Called> {
-    match order {
-        AdapterOrder::Load { adapter, handle } => {
-            let info = registry.get(adapter);
-            let (name, path) = info.map_or_else(Default::default, |info| {
-                (info.name, info.path.to_string_lossy().into_owned())
-            });
-            let load = group.load(handle, name, path);
-            Box::pin(async move { Called::Loaded(handle, load.await) })
-        }
-        AdapterOrder::Unload { handle } => {
-            let unload = group.unload(handle);
-            Box::pin(async move {
-                if let Err(status) = unload.await {
-                    tracing::warn!(
-                        handle,
-                        reason = status.message(),
-                        "an adapter was not unloaded"
-                    );
-                }
-                Called::Unloaded(handle)
-            })
-        }
     }
 }

@@ -9,6 +9,7 @@ use crate::metrics as names;
 
 pub(super) struct Meters {
     gap: Histogram,
+    hidden: Histogram,
     transport: Histogram,
     step: Histogram,
     forward: Histogram,
@@ -32,6 +33,7 @@ impl Meters {
     pub(super) fn new() -> Self {
         Self {
             gap: histogram!(names::ROUTER_GAP),
+            hidden: histogram!(names::ROUTER_HIDDEN),
             transport: histogram!(names::STEP_TRANSPORT),
             step: histogram!(names::BATCH_DURATION),
             forward: histogram!(names::FORWARD_DURATION),
@@ -47,8 +49,14 @@ impl Meters {
         }
     }
 
+    /// The shards waited so long for the next step.
     pub(super) fn gap(&self, time: Duration) {
         self.gap.record(time.as_secs_f64());
+    }
+
+    /// The next step came so long after an outcome, while the shards computed the one between.
+    pub(super) fn hidden(&self, time: Duration) {
+        self.hidden.record(time.as_secs_f64());
     }
 
     pub(super) fn sent(&self, decodes: bool) {

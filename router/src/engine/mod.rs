@@ -1,9 +1,11 @@
-//! The engine: one task owns the scheduler and drives every shard in lockstep; requests talk to it through channels.
+//! The engine: one task owns the scheduler and sends every shard the same steps; requests talk to it through channels.
 
 mod adapters;
+mod calls;
 mod commands;
 mod drive;
 mod meters;
+mod overlap;
 mod shards;
 mod tell;
 mod watchdog;
@@ -11,6 +13,7 @@ mod wire;
 
 pub use adapters::Adapters;
 pub use kvrun_scheduler::AdapterId;
+pub use overlap::Overlap;
 
 use std::hash::{BuildHasher, RandomState};
 use std::panic::AssertUnwindSafe;
@@ -62,6 +65,8 @@ pub struct EngineOptions {
     pub share_prefixes: bool,
     /// Most tokens of a sequence that one step computes on a guess; 0 = none.
     pub speculate: u32,
+    /// Whether a step is sent while another is in flight.
+    pub overlap: Overlap,
     /// Adapters to load before the engine is ready, in this order as far as there is room.
     pub adapters: Vec<AdapterSpec>,
     /// Called from the engine's task; must not block.

@@ -1,7 +1,8 @@
-//! The shard group: one connection per rank, epochs, and steps in lockstep.
+//! The shard group: one connection per rank, epochs, and the same steps for all.
 //!
 //! Every rank gets every call. A step is answered when all ranks answered it; rank 0's outcome has the tokens.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +65,8 @@ pub(super) struct Group {
     outcomes: SelectAll<BoxStream<'static, (usize, Result<Outcome, Status>)>>,
     /// The last step each rank answered.
     answered: Vec<u64>,
-    leader: Option<Outcome>,
+    /// Rank 0's outcomes that another rank has yet to answer, oldest first.
+    leading: VecDeque<Outcome>,
 }
 
 /// Connects to every rank and begins an epoch after `last_epoch`, trying for as long as it takes.
@@ -135,7 +137,7 @@ async fn begin(wish: &Wish, last_epoch: &mut u64) -> Result<Group, Status> {
         clients,
         steps,
         outcomes,
-        leader: None,
+        leading: VecDeque::new(),
     })
 }
 
@@ -278,7 +280,17 @@ impl Group {
 
     /// Rank 0's outcome of the next step that all ranks answered. Cancel safe. An error ends the epoch.
     pub(super) async fn outcome(&mut self) -> Result<Outcome, Status> {
-        while let Some((rank, heard)) = self.outcomes.next().await {
+        loop {
+            let all =
+                |leader: &Outcome| self.answered.iter().all(|&number| number >= leader.number);
+            if self.leading.front().is_some_and(all)
+                && let Some(outcome) = self.leading.pop_front()
+            {
+                return Ok(outcome);
+            }
+            let Some((rank, heard)) = self.outcomes.next().await else {
+                return Err(Status::unavailable("every step stream ended"));
+            };
             let outcome = heard.map_err(|status| {
                 Status::new(status.code(), format!("rank {rank}: {}", status.message()))
             })?;
@@ -294,17 +306,9 @@ impl Group {
             }
             self.answered[rank] = outcome.number;
             if rank == 0 {
-                self.leader = Some(outcome);
-            }
-            let all =
-                |leader: &Outcome| self.answered.iter().all(|&number| number >= leader.number);
-            if self.leader.as_ref().is_some_and(all)
-                && let Some(outcome) = self.leader.take()
-            {
-                return Ok(outcome);
+                self.leading.push_back(outcome);
             }
         }
-        Err(Status::unavailable("every step stream ended"))
     }
 
     /// Loads an adapter on every rank. The answer has rank 0's facts and the bytes of the fullest rank.

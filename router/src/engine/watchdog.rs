@@ -12,13 +12,17 @@ const REMEMBERED: usize = 256;
 /// How much longer than usual is too long.
 const PATIENCE: u32 = 8;
 
-/// Watches the step in flight. Time in which this process itself did not run does not count.
+/// Watches the steps in flight, of which the shards compute the oldest. Time in which this process itself did not run does
+/// not count.
 #[derive(Debug, Default)]
 pub(super) struct Watchdog {
     steps: VecDeque<Duration>,
     /// Slowest time per token of the steps remembered by size; prompts may be far larger than anything before.
     per_token: Duration,
-    begun: Option<(Instant, Option<u32>)>,
+    /// Tokens of the steps in flight, oldest first.
+    in_flight: VecDeque<Option<u32>>,
+    /// When the shards could begin with the oldest.
+    begun: Option<Instant>,
     silent: Duration,
     last_tick: Option<Instant>,
 }
@@ -26,17 +30,19 @@ pub(super) struct Watchdog {
 impl Watchdog {
     /// A step of `tokens` tokens was sent; `None` when their number does not tell how long it may take.
     pub(super) fn sent(&mut self, now: Instant, tokens: Option<u32>) {
-        self.begun = Some((now, tokens));
-        self.silent = Duration::ZERO;
-        self.last_tick = Some(now);
+        self.in_flight.push_back(tokens);
+        if self.in_flight.len() == 1 {
+            self.listen(now);
+        }
     }
 
-    /// The step was answered; answers with the time it took.
+    /// The oldest step was answered; answers with the time it took, without what it waited behind the one before it.
     pub(super) fn answered(&mut self, now: Instant) -> Duration {
-        let Some((begun, tokens)) = self.begun.take() else {
+        let (Some(tokens), Some(begun)) = (self.in_flight.pop_front(), self.begun) else {
             return Duration::ZERO;
         };
         let took = now.duration_since(begun);
+        self.listen(now);
         let Some(tokens) = tokens else {
             return took;
         };
@@ -51,19 +57,26 @@ impl Watchdog {
         took
     }
 
+    /// The shards begin with the oldest step now.
+    fn listen(&mut self, now: Instant) {
+        self.begun = Some(now);
+        self.silent = Duration::ZERO;
+        self.last_tick = Some(now);
+    }
+
     /// Whether a step is in flight.
     pub(super) fn in_flight(&self) -> bool {
-        self.begun.is_some()
+        !self.in_flight.is_empty()
     }
 
     /// Nothing is in flight any more.
     pub(super) fn rest(&mut self) {
-        self.begun = None;
+        self.in_flight.clear();
     }
 
     /// Called every `period`; answers with the silence when it is too long.
     pub(super) fn tick(&mut self, now: Instant, period: Duration) -> Option<Duration> {
-        let (_, tokens) = self.begun?;
+        let tokens = *self.in_flight.front()?;
         let since = now.duration_since(self.last_tick.replace(now)?);
         self.silent += since.min(2 * period);
         (self.silent > self.allowance(tokens)).then_some(self.silent)
@@ -121,6 +134,24 @@ mod tests {
         dog.answered(start + TICK * 400);
         dog.sent(start, Some(10));
         assert!((1..=60).any(|n| dog.tick(start + TICK * n, TICK).is_some()));
+    }
+
+    #[test]
+    fn a_step_sent_ahead_begins_when_the_one_before_it_is_answered() {
+        let (mut dog, start) = trained();
+        dog.sent(start, Some(10));
+        dog.sent(start, Some(10));
+        let answered = start + 30 * TICK;
+        assert!((1..=30).all(|n| dog.tick(start + TICK * n, TICK).is_none()));
+        assert_eq!(dog.answered(answered), 30 * TICK);
+        assert!(dog.in_flight());
+        let barks: Vec<_> = (1..=400)
+            .filter(|&n| dog.tick(answered + TICK * n, TICK).is_some())
+            .collect();
+        // The step before it took 7.5 s, and eight times that is patience.
+        assert_eq!(barks.first(), Some(&241));
+        assert_eq!(dog.answered(answered + TICK), TICK);
+        assert!(!dog.in_flight());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use kvrun_fake_shard::{FakeShard, Options, tokens};
 use kvrun_proto::Sampling;
 use kvrun_router::Listeners;
 use kvrun_router::api::{App, Settings, auth::Keys};
-use kvrun_router::engine::{Engine, EngineOptions};
+use kvrun_router::engine::{Engine, EngineOptions, Overlap};
 use kvrun_router::images::ImageSettings;
 use kvrun_text::{ChatTemplates, Tokenizer, TokenizerPool};
 use reqwest::{RequestBuilder, Response};
@@ -74,6 +74,7 @@ pub async fn serve_with(change: impl FnOnce(&mut Setup)) -> Served {
             queue_tokens: 0,
             share_prefixes: false,
             speculate: 0,
+            overlap: Overlap::Auto,
             adapters: vec![],
             control: std::sync::Arc::new(|_| {}),
         },

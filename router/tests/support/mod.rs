@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvrun_fake_shard::{FakeShard, Options, adapter, tokens};
 use kvrun_proto::Sampling;
-use kvrun_router::engine::{AdapterId, Answer, Control, Engine, EngineOptions};
+use kvrun_router::engine::{AdapterId, Answer, Control, Engine, EngineOptions, Overlap};
 use kvrun_router::request::{AdapterSpec, Event, Failure, Finish, ValidRequest};
 use tempfile::TempDir;
 
@@ -50,6 +50,7 @@ pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
             queue_tokens: 0,
             share_prefixes: false,
             speculate: 0,
+            overlap: Overlap::Auto,
             adapters: Vec::new(),
             control: Arc::new(move |control| heard.lock().unwrap().push(control)),
         },

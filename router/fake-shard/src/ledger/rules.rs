@@ -9,10 +9,6 @@ pub(super) fn check_row(row: &Row, sequence: &Sequence, sizes: &Sizes) -> Result
     let (start, end) = (row.start, u64::from(row.start) + u64::from(row.tokens));
     let (known, drafts) = (sequence.tokens.len() as u64, row.drafts.len() as u64);
     let first = sequence.computed == 0;
-    rule!(
-        !sequence.failed,
-        "sequence {id} goes on after its row failed"
-    );
     rule!(row.tokens >= 1, "sequence {id}: a row without tokens");
     rule!(
         !(first && sizes.recurrent) || start == 0,
@@ -77,6 +73,26 @@ pub(super) fn read(
             "sequence {id}: page {page} does not hold its tokens {begin}..={last} under its adapter"
         );
     }
+    Ok(())
+}
+
+/// Pages that a sequence begins with must have been filled by steps that the router had the answers of.
+pub(super) fn check_shared(
+    row: &Row,
+    sequence: &Sequence,
+    width: usize,
+    written: &[u64],
+    answered: u64,
+) -> Result<(), Breach> {
+    let shared = &sequence.pages[..(row.start as usize).div_ceil(width)];
+    let early = shared
+        .iter()
+        .find(|&&page| written[page as usize] > answered);
+    rule!(
+        early.is_none(),
+        "sequence {} begins with page {early:?}, written by a step after {answered}, the last one answered",
+        row.sequence
+    );
     Ok(())
 }
 

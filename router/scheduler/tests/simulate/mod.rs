@@ -1,5 +1,5 @@
 //! The scheduler against a simulated world: random requests, cancels, row errors, shard deaths and hangs, stale and
-//! repeated replies, adapters coming and going, jumps of the clock, small pools. After every event each invariant is
+//! repeated replies, steps in lockstep and overlapped, adapters coming and going, jumps of the clock, small pools. After every event each invariant is
 //! recomputed, and every answer must equal the answer alone.
 //!
 //! `KVRUN_SIM_SEEDS=1000000` runs more seeds, `KVRUN_SIM_SEED=17` runs one and says what happens in it.
@@ -45,8 +45,9 @@ fn every_invariant_holds_in_every_seed() {
 }
 
 fn is_found(bug: PlantedBug) {
-    let found = (0..500).find(|&seed| run(seed, Some(bug), false).is_err());
+    let found = (0..500).find_map(|seed| Some((seed, run(seed, Some(bug), false).err()?)));
     assert!(found.is_some(), "{bug:?} was planted and nobody noticed");
+    println!("{bug:?}: {found:?}");
 }
 
 #[test]
@@ -97,4 +98,44 @@ fn a_wrong_guess_taken_for_a_computed_token_is_found() {
 #[test]
 fn an_image_cut_by_a_step_is_found() {
     is_found(PlantedBug::CutImages);
+}
+
+#[test]
+fn a_token_in_flight_taken_for_a_computed_one_is_found() {
+    is_found(PlantedBug::TrustInFlight);
+}
+
+#[test]
+fn a_row_ahead_that_no_answer_can_hold_is_found() {
+    is_found(PlantedBug::Overrun);
+}
+
+#[test]
+fn a_row_ahead_without_a_page_is_found() {
+    is_found(PlantedBug::ForgetPending);
+}
+
+#[test]
+fn a_row_ahead_of_guesses_is_found() {
+    is_found(PlantedBug::GuessAhead);
+}
+
+#[test]
+fn giving_way_while_a_row_is_in_flight_is_found() {
+    is_found(PlantedBug::PreemptInFlight);
+}
+
+#[test]
+fn a_release_that_no_step_says_is_found() {
+    is_found(PlantedBug::ReleaseInFlight);
+}
+
+#[test]
+fn an_adapter_that_leaves_before_its_last_row_is_found() {
+    is_found(PlantedBug::UnholdEarly);
+}
+
+#[test]
+fn a_death_that_counts_twice_is_found() {
+    is_found(PlantedBug::StrikeTwice);
 }

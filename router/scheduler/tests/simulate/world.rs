@@ -31,7 +31,7 @@ use kvrun_scheduler::{
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use wire::wire;
 
 const VOCABULARY: u32 = 500;
@@ -72,6 +72,14 @@ enum Call {
     Unload(u64),
 }
 
+/// A step on its way.
+struct Sent {
+    step: Step,
+    wire: kvrun_proto::Step,
+    /// The last step that was answered when this one was planned.
+    answered: u64,
+}
+
 pub struct World {
     rng: StdRng,
     told: bool,
@@ -82,8 +90,12 @@ pub struct World {
     kind: Kind,
     adapter_bytes: u64,
     epoch: u64,
-    /// The step in flight and what the shard will say.
-    in_flight: Option<(Step, Reply)>,
+    /// Steps on their way; the shard computes one when it is answered, however much happened since it was sent.
+    in_flight: VecDeque<Sent>,
+    /// Steps answered in this epoch.
+    answered: u64,
+    /// Whether a step is sent while another is in flight.
+    overlaps: bool,
     faults: Faults,
     clients: BTreeMap<u64, Client>,
     folders: BTreeMap<AdapterId, Folder>,
@@ -112,13 +124,17 @@ impl World {
             positions: rng.random_range(20..200),
             ..kind.sizes()
         };
+        let overlaps = rng.random();
         let config = Config {
             step_rows: sizes.step_rows,
             max_tokens: u32::MAX,
             queue_requests: rng.random_range(1..24),
             queue_tokens: if rng.random_bool(0.5) { 0 } else { 400 },
             share_prefixes: rng.random_bool(0.5),
-            speculate: rng.random_range(0..6),
+            speculate: match overlaps && rng.random_bool(0.7) {
+                true => 0,
+                false => rng.random_range(0..6),
+            },
         };
         let mut scheduler = Scheduler::new(config);
         if let Some(bug) = planted {
@@ -151,7 +167,9 @@ impl World {
             kind,
             adapter_bytes,
             epoch: 0,
-            in_flight: None,
+            in_flight: VecDeque::new(),
+            answered: 0,
+            overlaps,
             faults,
             clients: BTreeMap::new(),
             folders: BTreeMap::new(),
@@ -221,6 +239,7 @@ impl World {
             self.shrunk = true;
         }
         self.shard = Some(Ledger::new(sizes));
+        self.answered = 0;
         let grant = Grant {
             epoch: self.epoch,
             pages: sizes.pages as u32,
@@ -250,24 +269,19 @@ impl World {
         self.folders
             .values_mut()
             .for_each(|folder| folder.loaded = None);
-        if let Some((step, _)) = self.in_flight.take() {
-            for row in &step.rows {
-                let alone = step.rows.len() == 1;
-                if let Some(client) = self
-                    .clients
-                    .get_mut(&row.sequence)
-                    .filter(|client| !client.ended)
-                {
-                    client.strikes += 1;
-                    if client.strikes >= DEADLY {
-                        self.culprits.push(Culprit::of(client, self.now));
-                    }
-                    hold!(
-                        client.strikes < DEADLY || alone,
-                        "request {} is blamed among others",
-                        row.sequence
-                    );
+        let flown = self.in_flight.drain(..).flat_map(|sent| sent.step.rows);
+        let struck: BTreeSet<u64> = flown.map(|row| row.sequence).collect();
+        for id in &struck {
+            let alone = struck.len() == 1;
+            if let Some(client) = self.clients.get_mut(id).filter(|client| !client.ended) {
+                client.strikes += 1;
+                if client.strikes >= DEADLY {
+                    self.culprits.push(Culprit::of(client, self.now));
                 }
+                hold!(
+                    client.strikes < DEADLY || alone,
+                    "request {id} is blamed among others"
+                );
             }
         }
         for client in self.clients.values_mut() {
@@ -398,17 +412,22 @@ impl World {
         self.orders()
     }
 
-    /// Either the next step is planned, or the one in flight is answered; both may go wrong.
+    /// Either the next step is planned, or the oldest in flight is answered; both may go wrong.
     fn turn(&mut self) -> Result<(), String> {
         self.orders()?;
         if self.shard.is_none() {
             return Ok(());
         }
-        let Some((step, reply)) = self.in_flight.take() else {
+        if self.in_flight.is_empty() {
             return self.plan();
+        }
+        if self.rng.random_bool(0.1) {
+            self.plan_ahead()?;
+        }
+        let Some(reply) = self.compute()? else {
+            return Ok(());
         };
         let dice = self.rng.random_range(0..100);
-        self.in_flight = Some((step, reply.clone()));
         match dice {
             // A reply that never comes is found by the watchdog.
             0 => return self.die("it hangs"),
@@ -416,24 +435,16 @@ impl World {
             4 if !reply.rows.is_empty() => {
                 let mut broken = reply.clone();
                 broken.rows.pop();
-                hold!(
-                    self.scheduler.commit(self.now, &broken).is_err(),
-                    "a reply without a row was taken"
-                );
-                return self.die("it breaks the protocol");
+                return self.refuse(&broken, "it breaks the protocol");
+            }
+            8 => {
+                let number = reply.number + 1;
+                let skipping = Reply { number, ..reply };
+                return self.refuse(&skipping, "it skips a step");
             }
             _ => {}
         }
-        self.in_flight = None;
-        let accepted = self
-            .scheduler
-            .commit(self.now, &reply)
-            .map_err(|violation| violation.to_string())?;
-        hold!(
-            accepted == Acceptance::Committed,
-            "a good reply was dropped"
-        );
-        self.hear(Some(&reply))?;
+        self.commit(&reply)?;
         if (4..8).contains(&dice) {
             self.seen.stale += 1;
             let accepted = self
@@ -443,10 +454,67 @@ impl World {
             hold!(accepted == Acceptance::Stale, "a reply was taken twice");
         }
         if self.rng.random_bool(0.8) {
-            self.plan()
-        } else {
-            Ok(())
+            self.plan()?;
         }
+        match self.rng.random_bool(0.9) {
+            true => self.plan_ahead(),
+            false => Ok(()),
+        }
+    }
+
+    /// The shard computes the oldest step in flight; no reply when it dies of it, or nothing is in flight.
+    fn compute(&mut self) -> Result<Option<Reply>, String> {
+        let (Some(sent), Some(shard)) = (self.in_flight.front(), &mut self.shard) else {
+            return Ok(None);
+        };
+        let computed = shard.step(&sent.wire, sent.answered, &self.faults);
+        let (epoch, number) = (sent.step.epoch, sent.step.number);
+        self.tell(|| format!("step {number} -> {computed:?}"));
+        match computed {
+            Ok(rows) => {
+                let rows = rows.into_iter().map(|row| RowReply {
+                    sequence: row.sequence,
+                    tokens: row.tokens.iter().map(|token| token.id).collect(),
+                    error: (!row.error.is_empty()).then_some(row.error),
+                });
+                Ok(Some(Reply {
+                    epoch,
+                    number,
+                    rows: rows.collect(),
+                }))
+            }
+            Err(Breach::Rule(text)) => Err(text),
+            Err(Breach::Poison) => self.die("poison").map(|()| None),
+        }
+    }
+
+    /// The reply to the oldest step in flight comes.
+    fn commit(&mut self, reply: &Reply) -> Result<(), String> {
+        self.in_flight.pop_front();
+        self.answered = reply.number;
+        let ended = |row: &&RowReply| {
+            let client = self.clients.get(&row.sequence);
+            client.is_some_and(|client| client.ended)
+        };
+        self.seen.surplus += reply.rows.iter().filter(ended).count() as u64;
+        let accepted = self
+            .scheduler
+            .commit(self.now, reply)
+            .map_err(|violation| violation.to_string())?;
+        hold!(
+            accepted == Acceptance::Committed,
+            "a good reply was dropped"
+        );
+        self.hear(Some(reply))
+    }
+
+    /// A reply that must not be taken; the epoch ends by it.
+    fn refuse(&mut self, reply: &Reply, why: &str) -> Result<(), String> {
+        hold!(
+            self.scheduler.commit(self.now, reply).is_err(),
+            "a reply was taken although {why}"
+        );
+        self.die(why)
     }
 
     /// An old epoch speaks: the right rows, other tokens.
@@ -471,6 +539,30 @@ impl World {
 
     fn plan(&mut self) -> Result<(), String> {
         let planned = self.scheduler.plan(self.now);
+        hold!(
+            planned.is_none() || self.in_flight.is_empty(),
+            "a step was planned while one is in flight"
+        );
+        self.send(planned)
+    }
+
+    fn plan_ahead(&mut self) -> Result<(), String> {
+        if !self.overlaps {
+            return Ok(());
+        }
+        let planned = self.scheduler.plan_ahead(self.now);
+        if let Some(step) = &planned {
+            self.seen.ahead += 1;
+            hold!(
+                self.in_flight.len() == 1 && !step.rows.is_empty(),
+                "{} steps were in flight ahead of {step:?}",
+                self.in_flight.len()
+            );
+        }
+        self.send(planned)
+    }
+
+    fn send(&mut self, planned: Option<Step>) -> Result<(), String> {
         self.hear(None)?;
         let late = self.clients.iter().find(|(_, client)| {
             !client.ended
@@ -488,41 +580,15 @@ impl World {
             return Ok(());
         };
         self.seen.steps += 1;
+        self.judge_rows(&step)?;
         self.judge_turns(&step)?;
-        let Some(shard) = &mut self.shard else {
-            return Ok(());
-        };
         let wire = wire(&self.scheduler, &step, &self.clients);
-        let computed = shard.step(&wire, &self.faults);
-        self.tell(|| format!("{step:?} -> {computed:?}"));
-        match computed {
-            Ok(rows) => {
-                let rows = rows.into_iter().map(|row| RowReply {
-                    sequence: row.sequence,
-                    tokens: row.tokens.iter().map(|token| token.id).collect(),
-                    error: (!row.error.is_empty()).then_some(row.error),
-                });
-                let reply = Reply {
-                    epoch: step.epoch,
-                    number: step.number,
-                    rows: rows.collect(),
-                };
-                self.in_flight = Some((step, reply));
-                Ok(())
-            }
-            Err(Breach::Rule(text)) => Err(text),
-            Err(Breach::Poison) => {
-                let (epoch, number, rows) = (step.epoch, step.number, Vec::new());
-                self.in_flight = Some((
-                    step,
-                    Reply {
-                        epoch,
-                        number,
-                        rows,
-                    },
-                ));
-                self.die("poison")
-            }
-        }
+        self.tell(|| format!("{step:?}"));
+        self.in_flight.push_back(Sent {
+            step,
+            wire,
+            answered: self.answered,
+        });
+        Ok(())
     }
 }

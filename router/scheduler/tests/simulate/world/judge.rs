@@ -1,7 +1,7 @@
 //! What must hold: after every event, at the end of every request, and when everything is over.
 
 use super::{BAD, Client, Culprit, DEADLY, END, POISON, World};
-use kvrun_scheduler::{Event, Failure, Finish, Reply, Time, What};
+use kvrun_scheduler::{Event, Failure, Finish, Reply, Step, Time, What};
 
 impl World {
     pub(super) fn hear(&mut self, reply: Option<&Reply>) -> Result<(), String> {
@@ -152,6 +152,24 @@ impl World {
         Ok(())
     }
 
+    /// Nothing is computed for a request that has ended, and no token that an answer cannot hold.
+    pub(super) fn judge_rows(&self, step: &Step) -> Result<(), String> {
+        for row in &step.rows {
+            let client = self.clients.get(&row.sequence);
+            let Some(client) = client.filter(|client| !client.ended) else {
+                return Err(format!("a row of {}, which has ended", row.sequence));
+            };
+            let whole = client.request.prompt.len() as u32 + client.request.max_new_tokens;
+            let end = row.start + row.tokens;
+            hold!(
+                end < whole,
+                "request {} of {whole} tokens is computed up to token {end}",
+                row.sequence
+            );
+        }
+        Ok(())
+    }
+
     /// Invariants between two events.
     pub(super) fn check(&mut self) -> Result<(), String> {
         for (id, view) in self.scheduler.adapters().iter() {
@@ -166,6 +184,7 @@ impl World {
             let later = self.now + Time::from_secs(3600);
             let orders = self.scheduler.plan_adapters(later);
             let step = self.scheduler.plan(later);
+            let step = step.or_else(|| self.scheduler.plan_ahead(later));
             hold!(
                 orders.is_empty() && step.is_none(),
                 "time alone brought {orders:?} and {step:?} to a scheduler that rests"
@@ -212,19 +231,15 @@ impl World {
             while !self.calls.is_empty() {
                 self.finish_call()?;
             }
-            match self.in_flight.take() {
+            match self.compute()? {
+                Some(reply) => self.commit(&reply)?,
                 None => self.plan()?,
-                Some((_, reply)) => {
-                    self.scheduler
-                        .commit(self.now, &reply)
-                        .map_err(|violation| violation.to_string())?;
-                    self.hear(Some(&reply))?;
-                }
             }
+            self.plan_ahead()?;
             if turn % 16 == 0 {
                 self.check()?;
             }
-            if self.clients.values().all(|client| client.ended) && self.in_flight.is_none() {
+            if self.clients.values().all(|client| client.ended) && self.in_flight.is_empty() {
                 for id in self.folders.keys() {
                     self.scheduler.adapters_mut().leave(*id);
                 }

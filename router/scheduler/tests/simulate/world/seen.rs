@@ -4,6 +4,8 @@
 #[derive(Debug, Default)]
 pub struct Seen {
     pub(super) steps: u64,
+    pub(super) ahead: u64,
+    pub(super) surplus: u64,
     pub(super) finished: u64,
     pub(super) cancelled: u64,
     pub(super) deadlines: u64,
@@ -41,9 +43,11 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 24] {
+    fn all(&mut self) -> [&mut u64; 26] {
         [
             &mut self.steps,
+            &mut self.ahead,
+            &mut self.surplus,
             &mut self.finished,
             &mut self.cancelled,
             &mut self.deadlines,
@@ -70,9 +74,11 @@ impl Seen {
         ]
     }
 
-    fn values(&self) -> [u64; 24] {
+    fn values(&self) -> [u64; 26] {
         [
             self.steps,
+            self.ahead,
+            self.surplus,
             self.finished,
             self.cancelled,
             self.deadlines,
