@@ -308,6 +308,16 @@ async fn other_origins_are_not_served_until_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_star_lets_pages_of_any_origin_ask() {
+    let server = serve_with(|setup| setup.settings.cors_origins = vec!["*".to_owned()]).await;
+    let request = server
+        .get("/health")
+        .header("origin", "https://any.example");
+    let answer = request.send().await.unwrap();
+    assert_eq!(answer.headers()["access-control-allow-origin"], "*");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn request_ids_are_kept_when_harmless_and_made_otherwise() {
     let server = serve().await;
     let id = |sent: &'static str| {
