@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::future::Future;
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -127,6 +127,7 @@ fn log(args: &Args) -> Result<(), Fatal> {
     })?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     let set = if args.json_output {
         logs.json().try_init()
