@@ -13,6 +13,25 @@ use crate::failure::Failure;
 /// The signals that end the launcher, and the one that tells of a child's end.
 pub struct Signals(SignalFd);
 
+/// How soon a signal that comes again is still the same one. `timeout` and some shells send it to the process and to its
+/// group; nobody who means it twice is as quick.
+const ECHO: Duration = Duration::from_millis(50);
+
+/// Tells a signal sent anew from one that arrived twice.
+#[derive(Debug, Default)]
+pub struct Asks(Option<(Signal, Instant)>);
+
+impl Asks {
+    /// Whether `signal` is the last one once more.
+    pub fn is_echo(&mut self, signal: Signal, now: Instant) -> bool {
+        let echo = self
+            .0
+            .is_some_and(|(last, at)| last == signal && now < at + ECHO);
+        self.0 = Some((signal, now));
+        echo
+    }
+}
+
 /// Why [`Signals::wait`] returned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Wake {
@@ -74,4 +93,19 @@ fn timeout(deadline: Option<Instant>) -> PollTimeout {
     // Rounded up, or the last millisecond before the deadline would be spent spinning.
     let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_arrives_twice_at_once_was_sent_once() {
+        let (mut asks, start) = (Asks::default(), Instant::now());
+        let mut hear = |signal, ms| asks.is_echo(signal, start + Duration::from_millis(ms));
+        assert!(!hear(Signal::SIGTERM, 0));
+        assert!(hear(Signal::SIGTERM, 1));
+        assert!(!hear(Signal::SIGINT, 2), "another one is meant");
+        assert!(!hear(Signal::SIGINT, 60), "someone insists");
+    }
 }

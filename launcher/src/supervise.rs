@@ -13,7 +13,7 @@ use crate::failure::{Code, Failure};
 use crate::process::{Ending, Output, Process, Spawner};
 use crate::restart::RestartPolicy;
 use crate::shard_group::ShardGroup;
-use crate::signals::Signals;
+use crate::signals::{Asks, Signals};
 
 /// The shards' time to end by themselves once the router is gone.
 const SHARD_STOP_TIME: Duration = Duration::from_secs(5);
@@ -70,6 +70,7 @@ enum Phase {
 struct Supervisor<'a> {
     tree: &'a Tree<'a>,
     phase: Phase,
+    asks: Asks,
     second_signal: Option<Signal>,
     router: Option<Process>,
     router_policy: RestartPolicy,
@@ -85,6 +86,7 @@ impl<'a> Supervisor<'a> {
         Self {
             tree,
             phase: Phase::Starting,
+            asks: Asks::default(),
             second_signal: None,
             router: None,
             router_policy: policy(),
@@ -161,6 +163,9 @@ impl<'a> Supervisor<'a> {
     }
 
     fn stop(&mut self, signal: Signal, now: Instant) {
+        if self.asks.is_echo(signal, now) {
+            return;
+        }
         match &mut self.phase {
             Phase::Starting | Phase::Serving => {
                 let grace = self
