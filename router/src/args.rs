@@ -9,6 +9,7 @@ use clap::Parser;
 
 use crate::api::Settings;
 use crate::api::auth::Keys;
+use crate::api::request::Source;
 use crate::engine::Overlap;
 use crate::images::ImageSettings;
 use crate::request::AdapterSpec;
@@ -68,6 +69,9 @@ pub struct Args {
     /// Lets requests fetch adapters from the hub
     #[arg(long, env)]
     pub allow_dynamic_lora: bool,
+    /// Where an adapter that is not loaded is loaded from when its request does not say
+    #[arg(long, env, value_enum)]
+    pub default_adapter_source: Option<Source>,
 
     /// Most answers under way or waiting
     #[arg(long, env, default_value_t = 128)]
@@ -280,6 +284,7 @@ impl Args {
             cors_origins: self.cors_allow_origin.clone(),
             lora_dir: self.lora_dir.clone(),
             allow_dynamic_lora: self.allow_dynamic_lora,
+            default_adapter_source: self.default_adapter_source,
             download_program: sibling("text-generation-server"),
         }
     }

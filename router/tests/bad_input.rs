@@ -335,12 +335,69 @@ async fn unknown_fields_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_value_of_another_type_is_named_with_its_place() {
+    let server = serve().await;
+    let wrong = json!({"max_new_tokens": "5"});
+    refused(&server, wrong, &["`parameters.max_new_tokens`", "\"5\""]).await;
+    refused(&server, json!({"stop": "x"}), &["`parameters.stop`"]).await;
+    for (body, param) in [
+        (chat(json!({"max_tokens": "5"})), "max_tokens"),
+        (chat(json!({"stop": 5})), "stop"),
+        (
+            chat(json!({"messages": [{"role": "user", "content": 5}]})),
+            "messages[0].content",
+        ),
+        (chat(json!({"messages": [{"content": "Hi"}]})), "role"),
+    ] {
+        let path = "/v1/chat/completions";
+        refused_openai(&server, path, body.clone(), param).await;
+        let (_, answer) = server.ask(path, body).await;
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(
+            message.contains(param) && !message.contains("enum"),
+            "{message}"
+        );
+    }
+    let (status, answer) = send_raw(&server, br#"{"inputs": "Hi"} and more"#.to_vec()).await;
+    assert_eq!(status, 422, "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_that_is_null_asks_for_nothing_known_or_not() {
+    let server = serve().await;
+    let parameters = json!({"guidance": null, "max_new_tokens": 1});
+    let body = json!({"inputs": "Hi", "parameters": parameters, "prompt": null});
+    for path in ["/generate", "/", "/invocations"] {
+        let (status, answer) = server.ask(path, body.clone()).await;
+        assert_eq!(status, 200, "{path} {answer}");
+    }
+    // As OpenAI's client dumps an answer's message when it goes into the next request.
+    let said = json!({"role": "assistant", "content": "Yes?", "refusal": null, "annotations": null, "audio": null,
+        "function_call": null, "tool_calls": null});
+    let messages =
+        json!([{"role": "user", "content": "Hi"}, said, {"role": "user", "content": "Go on"}]);
+    let body = chat(json!({"messages": messages, "functions": null, "max_tokens": 1}));
+    let (status, answer) = server.ask("/v1/chat/completions", body).await;
+    assert_eq!(status, 200, "{answer}");
+    refused(
+        &server,
+        json!({"guidance": null, "other": 3}),
+        &["unknown field `other`"],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_supported_is_named() {
     let server = serve().await;
     for (field, value) in [
         ("watermark", json!(true)),
         ("grammar", json!({"type": "regex", "value": "a*"})),
         ("merged_adapters", json!({"ids": ["a", "b"]})),
+        (
+            "response_format",
+            json!({"type": "json_object", "schema": {}}),
+        ),
         ("api_token", json!("hf_x")),
         ("adapter_source", json!("s3")),
     ] {
@@ -352,6 +409,8 @@ async fn what_is_not_supported_is_named() {
         ("tools", tool),
         ("tool_choice", json!("required")),
         ("response_format", json!({"type": "json_object"})),
+        ("api_token", json!("hf_x")),
+        ("adapter_source", json!("pbase")),
         ("messages", json!([{"role": "user", "content": image}])),
     ] {
         refused_openai(
@@ -399,6 +458,18 @@ async fn combinations_that_make_no_sense() {
     whole(json!({"best_of": 2}), "sampling").await;
     whole(json!({"best_of": 2, "do_sample": true, "seed": 1}), "seed").await;
     whole(json!({"adapter_id": "a", "lora_id": "b"}), "lora_id").await;
+    for (path, agrees) in [("/generate", false), ("/generate_stream", true)] {
+        for stream in [false, true] {
+            let body =
+                json!({"inputs": "Hi", "stream": stream, "parameters": {"max_new_tokens": 1}});
+            let (status, _) = server.ask(path, body).await;
+            assert_eq!(
+                status,
+                if stream == agrees { 200 } else { 422 },
+                "{path} {stream}"
+            );
+        }
+    }
     let stream = async |parameters: Value, word: &str| {
         let (status, answer) = server
             .ask(
@@ -415,6 +486,10 @@ async fn combinations_that_make_no_sense() {
         "decoder_input_details",
     )
     .await;
+    let lengths = chat(json!({"max_tokens": 4, "max_completion_tokens": 5}));
+    refused_openai(&server, "/v1/chat/completions", lengths, "max_tokens").await;
+    let lengths = chat(json!({"max_tokens": 4, "max_completion_tokens": 4}));
+    assert_eq!(server.ask("/v1/chat/completions", lengths).await.0, 200);
     let completions = "/v1/completions";
     refused_openai(
         &server,

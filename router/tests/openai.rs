@@ -275,7 +275,7 @@ async fn best_of_tells_the_better_ones() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_base_model_has_several_names() {
     let server = serve().await;
-    for model in ["demo", "tgi", "", "default"] {
+    for model in ["demo", "tgi", "", "default", "dummy"] {
         assert_eq!(
             server
                 .ask("/v1/chat/completions", chat("Hi", json!({"model": model})))

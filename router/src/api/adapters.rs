@@ -10,8 +10,9 @@ use super::App;
 use super::body::JsonBody;
 use super::error::{ApiError, Kind};
 use super::origin::{self, Origin};
-use super::validate::unsupported;
-use crate::request::{AdapterInfo, AdapterSpec, AdapterState, LoadError};
+use super::request::{Caller, Source};
+use super::validate::{is_base, unsupported};
+use crate::request::{AdapterInfo, AdapterSpec, AdapterState, LoadError, UnknownAdapter};
 
 /// Longest name of an adapter, in bytes.
 const NAME_BYTES: usize = 200;
@@ -139,7 +140,7 @@ pub async fn get(
         .list()
         .into_iter()
         .find(|info| info.name == name);
-    let info = found.ok_or_else(|| ApiError::from(crate::request::UnknownAdapter(name)))?;
+    let info = found.ok_or_else(|| ApiError::from(UnknownAdapter(name)))?;
     Ok(Json(Adapter::of(&app, info)))
 }
 
@@ -238,6 +239,43 @@ pub async fn download_lora_adapter(
     }))
 }
 
+/// Loads an adapter that a request names with its source, unless it has come meanwhile.
+pub async fn bring(app: &App, caller: &Caller, name: &str, source: Source) -> Result<(), ApiError> {
+    if !caller.administers {
+        return Err(ApiError::from(UnknownAdapter(name.to_owned())));
+    }
+    let (own, name) = (app.clone(), name.to_owned());
+    let load = tokio::spawn(async move {
+        let _turn = own.loads.acquire().await;
+        if own.engine.adapters().resolve(&name).is_ok() {
+            return Ok(());
+        }
+        let root = own.settings.lora_dir.as_deref();
+        let origin = match source {
+            Source::Hub => Origin::Hub(name.clone()),
+            Source::Local if root.is_some() && origin::folder(root, &name).is_err() => {
+                return Err(UnknownAdapter(name).into());
+            }
+            Source::Local => Origin::Folder(name.clone()),
+        };
+        load_from(&own, Some(name), origin, false).await.map(drop)
+    });
+    let late = |_| {
+        ApiError::new(
+            Kind::Deadline,
+            "the adapter was not loaded in time; try again",
+        )
+    };
+    let ended = tokio::time::timeout_at(caller.deadline.into(), load)
+        .await
+        .map_err(late)?;
+    ended.map_err(interrupted)?
+}
+
+fn interrupted(_: tokio::task::JoinError) -> ApiError {
+    LoadError::Unavailable("the load was interrupted; try again".to_owned()).into()
+}
+
 async fn load_from(
     app: &App,
     name: Option<String>,
@@ -259,7 +297,6 @@ async fn load_from(
         };
         Ok(own.engine.adapters().load(spec).await?)
     });
-    let interrupted = |_| LoadError::Unavailable("the load was interrupted; try again".to_owned());
     match load.await.map_err(interrupted)? {
         Ok(info) => {
             tracing::info!(
@@ -285,9 +322,7 @@ fn check_name(app: &App, name: &str) -> Result<(), ApiError> {
             format!("`name` must be 1 to {NAME_BYTES} letters, digits or any of - _ . / @");
         return Err(ApiError::field("name", message));
     }
-    if matches!(name, "tgi" | "default" | "empty" | "__base_model__")
-        || name == app.settings.model_id
-    {
+    if matches!(name, "empty" | "__base_model__") || is_base(app, name) {
         return Err(ApiError::new(
             Kind::Conflict,
             format!("`{name}` means the base model; pick another name"),

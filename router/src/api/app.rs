@@ -12,8 +12,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::auth::Keys;
 use super::error::{ApiError, Kind};
+use super::request::Source;
 use crate::engine::Engine;
 use crate::images::{Fetcher, ImageSettings};
+
+/// Adapters that requests bring and that are fetched and loaded at the same time.
+const LOADS: usize = 4;
 
 /// How the HTTP side behaves; fixed for the life of the server.
 #[derive(Debug, Clone)]
@@ -52,6 +56,8 @@ pub struct Settings {
     pub lora_dir: Option<PathBuf>,
     /// Whether adapters may be fetched from the hub over HTTP.
     pub allow_dynamic_lora: bool,
+    /// Where an adapter that is not loaded is loaded from when its request does not say; nowhere when `None`.
+    pub default_adapter_source: Option<Source>,
     /// The program that fetches them: `text-generation-server`.
     pub download_program: PathBuf,
 }
@@ -78,6 +84,8 @@ pub struct Parts {
     pub pace: Pace,
     /// When it was put together, in seconds since 1970.
     pub started: u64,
+    /// Turns at loading adapters that requests bring.
+    pub loads: Semaphore,
     permits: Arc<Semaphore>,
     absent_since: Mutex<Option<Instant>>,
 }
@@ -102,6 +110,7 @@ impl App {
             engine,
             text,
             templates,
+            loads: Semaphore::new(LOADS),
             permits: Arc::new(Semaphore::new(settings.max_concurrent_requests)),
             absent_since: Mutex::new(None),
             fetcher: Fetcher::new(&settings.images),

@@ -7,12 +7,17 @@ use axum::extract::{FromRequest, Request};
 use axum::http::header;
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::App;
 use super::error::{ApiError, Kind};
 
 /// Deepest nesting of arrays and objects that is parsed.
 const DEPTH: usize = 64;
+/// Levels of objects that hold fields: a body, and what lies in it, such as parameters and messages.
+const FIELD_LEVELS: usize = 2;
+/// How serde's message on a field that a type does not have begins.
+const UNKNOWN: &str = "unknown field `";
 /// Longest time a body may take to arrive.
 const ARRIVAL: Duration = Duration::from_secs(30);
 /// Time for the rest of a body that is refused.
@@ -50,12 +55,12 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-        let bytes = read(request.into_body(), announced, limit).await?;
+        let bytes = arrived(request.into_body(), announced, limit).await?;
         parse(&bytes).map(Self)
     }
 }
 
-async fn read(body: Body, announced: Option<usize>, limit: usize) -> Result<Vec<u8>, ApiError> {
+async fn arrived(body: Body, announced: Option<usize>, limit: usize) -> Result<Vec<u8>, ApiError> {
     let mut pieces = body.into_data_stream();
     let whole = async {
         let mut bytes = Vec::new();
@@ -120,22 +125,66 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             format!("the body nests {depth} levels deep, the limit is {DEPTH}"),
         ));
     }
-    serde_json::from_str(text).map_err(|error| {
-        let message = error.to_string();
-        ApiError {
-            param: named_field(&message),
-            ..ApiError::new(
-                Kind::Validation,
-                format!("the body is not a valid request: {message}"),
-            )
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let read: Result<T, _> = serde_path_to_error::deserialize(&mut reader);
+    match read {
+        Ok(body) => match reader.end() {
+            Ok(()) => Ok(body),
+            Err(error) => Err(invalid("", &error)),
+        },
+        // It may be one that is null.
+        Err(error) if error.inner().to_string().starts_with(UNKNOWN) => {
+            self::read(serde_json::from_str(text).map_err(|error| invalid("", &error))?)
         }
-    })
+        Err(error) => Err(invalid(&error.path().to_string(), error.inner())),
+    }
+}
+
+/// Reads a document that was parsed already. A field that is null asks for nothing, so it may be one that is not known:
+/// many clients write out every field they have.
+pub fn read<T: DeserializeOwned>(mut value: Value) -> Result<T, ApiError> {
+    drop_nulls(&mut value, FIELD_LEVELS);
+    serde_path_to_error::deserialize(value)
+        .map_err(|error| invalid(&error.path().to_string(), error.inner()))
+}
+
+/// Below the levels that hold fields lie values, such as a schema, in which null may mean something.
+fn drop_nulls(value: &mut Value, levels: usize) {
+    match value {
+        Value::Object(members) if levels > 0 => {
+            members.retain(|_, member| !member.is_null());
+            members
+                .values_mut()
+                .for_each(|member| drop_nulls(member, levels - 1));
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| drop_nulls(item, levels)),
+        _ => {}
+    }
+}
+
+/// The refusal of a body that is broken at `path`, which is "." or empty at its top.
+fn invalid(path: &str, error: &serde_json::Error) -> ApiError {
+    let message = error.to_string();
+    let named = named_field(&message);
+    let place = match path {
+        "" | "." => String::new(),
+        // Its last part is the field that the message names.
+        _ if message.starts_with(UNKNOWN) => String::new(),
+        path => format!("`{path}`: "),
+    };
+    ApiError {
+        param: named.or_else(|| (!place.is_empty()).then(|| path.to_owned())),
+        ..ApiError::new(
+            Kind::Validation,
+            format!("the body is not a valid request: {place}{message}"),
+        )
+    }
 }
 
 /// The field an unknown or missing field error speaks of.
 fn named_field(message: &str) -> Option<String> {
     let at_field = message
-        .strip_prefix("unknown field `")
+        .strip_prefix(UNKNOWN)
         .or_else(|| message.strip_prefix("missing field `"))?;
     Some(at_field.split('`').next()?.to_owned())
 }
@@ -178,5 +227,16 @@ mod tests {
         assert!(parse::<String>(b"\"\xff\"").is_err());
         assert!(parse::<String>(b"\"\\ud800\"").is_err());
         assert_eq!(parse::<String>(b"\"\\ud83d\\ude00\"").unwrap(), "😀");
+    }
+
+    #[test]
+    fn null_is_dropped_where_fields_are_and_kept_in_values() {
+        let mut body =
+            serde_json::json!({"a": null, "b": [{"c": null, "d": {"e": null}}], "f": [null]});
+        drop_nulls(&mut body, FIELD_LEVELS);
+        assert_eq!(
+            body,
+            serde_json::json!({"b": [{"d": {"e": null}}], "f": [null]})
+        );
     }
 }

@@ -3,12 +3,11 @@
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::App;
-use super::body::JsonBody;
-use super::error::{ApiError, Kind};
+use super::body::{JsonBody, read};
+use super::error::ApiError;
 use super::openai::{chat, completions};
 use super::request::Caller;
 use super::tgi::generate;
@@ -22,25 +21,17 @@ pub async fn invocations(
     Extension(caller): Extension<Caller>,
     JsonBody(body): JsonBody<Map<String, Value>>,
 ) -> Result<Response, ApiError> {
-    if body.contains_key("messages") {
-        chat::answer(&app, &caller, read(body)?).await
-    } else if body.contains_key("prompt") {
-        completions::answer(&app, &caller, read(body)?).await
-    } else if body.contains_key("inputs") {
-        generate::compat(&app, &caller, read::<CompatGenerateBody>(body)?).await
+    let holds = |field: &str| body.get(field).is_some_and(|value| !value.is_null());
+    if holds("messages") {
+        chat::answer(&app, &caller, read(body.into())?).await
+    } else if holds("prompt") {
+        completions::answer(&app, &caller, read(body.into())?).await
+    } else if holds("inputs") {
+        generate::compat(&app, &caller, read::<CompatGenerateBody>(body.into())?).await
     } else {
         Err(ApiError::field(
             "inputs",
             "the body has none of `inputs`, `messages` and `prompt`; send one of them",
         ))
     }
-}
-
-fn read<T: DeserializeOwned>(body: Map<String, Value>) -> Result<T, ApiError> {
-    serde_json::from_value(Value::Object(body)).map_err(|error| {
-        ApiError::new(
-            Kind::Validation,
-            format!("the body is not a valid request: {error}"),
-        )
-    })
 }

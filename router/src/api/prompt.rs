@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvrun_proto::ImageRule;
+use kvrun_text::EncodeError;
 
 use super::App;
 use super::error::ApiError;
@@ -214,19 +215,41 @@ async fn tokenize(
         let message = format!("`{field}` is empty; send at least one character");
         return Err(ApiError::field(field, message));
     }
+    let most = limits.bytes() + added;
+    let read = match how.truncate {
+        Some(_) => end_of(text, most),
+        None => text,
+    };
+    let refuse = |error: EncodeError| ApiError {
+        message: format!("`{field}`: {error} (at most {} tokens)", limits.input),
+        ..ApiError::from(error)
+    };
     let encoded = app
         .text
-        .encode(text.to_owned(), add_special, limits.bytes() + added)
+        .encode(read.to_owned(), add_special, most)
         .await
-        .map_err(|error| ApiError {
-            message: format!("`{field}`: {error} (at most {} tokens)", limits.input),
-            ..ApiError::from(error)
-        })?;
+        .map_err(refuse)?;
+    let kept = how.truncate.and_then(|keep| usize::try_from(keep).ok());
+    if read.len() < text.len() && kept.is_some_and(|kept| encoded.ids.len() <= kept) {
+        return Err(refuse(EncodeError::TooLong {
+            bytes: text.len(),
+            limit: most,
+        }));
+    }
     // The tokenizer may know more ids than the model has logits for.
     match encoded.ids.iter().find(|&&id| id >= limits.vocabulary) {
         Some(id) => Err(outside(field, i64::from(*id), limits.vocabulary)),
         None => Ok(encoded.ids),
     }
+}
+
+/// The last characters of a text, `bytes` bytes at most. Only the end of a text that is truncated is kept, so no more of it
+/// needs to be tokenized.
+fn end_of(text: &str, bytes: usize) -> &str {
+    let from = text.len().saturating_sub(bytes);
+    let mut starts = from..=text.len();
+    let end = starts.find_map(|start| text.get(start..));
+    end.unwrap_or_default()
 }
 
 fn check_length(ids: &[u32], limits: Limits, field: &str) -> Result<(), ApiError> {

@@ -35,11 +35,22 @@ impl Prompt {
     }
 }
 
+/// Where an adapter is loaded from when a request asks for one that is not loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Source {
+    /// A repository, with `--allow-dynamic-lora`.
+    Hub,
+    /// A folder beneath `--lora-dir`.
+    Local,
+}
+
 /// What a dialect calls the fields that messages speak of.
 #[derive(Debug, Clone, Copy)]
 pub struct Names {
     /// The prompt.
     pub prompt: &'static str,
+    /// The adapter.
+    pub adapter: &'static str,
     /// The most tokens of the answer.
     pub max_new_tokens: &'static str,
     /// What asks for log-probabilities of the prompt.
@@ -80,6 +91,8 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// The adapter's name; `None` is the base model.
     pub adapter: Option<String>,
+    /// Where the adapter is loaded from when it is not there yet; `None` then refuses the request.
+    pub adapter_source: Option<Source>,
     /// How tokens are chosen.
     pub sampling: SamplingFields,
     /// Most tokens of the answer; `None` takes the default.

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::App;
+use super::adapters::bring;
 use super::error::{ApiError, Kind};
 use super::prompt::{Limits, Reading, read};
-use super::request::{Caller, GenerateRequest};
+use super::request::{Caller, GenerateRequest, Source};
 use super::sampling::check_sampling;
 use crate::request::{AdapterId, ValidRequest};
 
@@ -75,11 +76,17 @@ pub async fn validate(
         );
         return Err(ApiError::field("truncate", message));
     }
-    let adapter = request
-        .adapter
-        .as_deref()
-        .map(|name| resolve(app, name))
-        .transpose()?;
+    let adapter = match &request.adapter {
+        Some(name) => {
+            let found = resolve(app, caller, name, request.adapter_source).await;
+            let at_fault = Some(request.names.adapter.to_owned());
+            Some(found.map_err(|error| ApiError {
+                param: at_fault,
+                ..error
+            })?)
+        }
+        None => None,
+    };
     if let (true, Some(_)) = (request.prompt_logprobs, limits.decoder_start) {
         let why = "an encoder reads the prompt and predicts none of its tokens";
         return Err(unsupported(request.names.prompt_logprobs, why));
@@ -140,8 +147,16 @@ pub async fn validate(
     })
 }
 
-fn resolve(app: &App, name: &str) -> Result<AdapterMark, ApiError> {
+async fn resolve(
+    app: &App,
+    caller: &Caller,
+    name: &str,
+    source: Option<Source>,
+) -> Result<AdapterMark, ApiError> {
     let adapters = app.engine.adapters();
+    if let (Some(source), Err(_)) = (source, adapters.resolve(name)) {
+        bring(app, caller, name, source).await?;
+    }
     let id = adapters.resolve(name)?;
     let digest = adapters.get(id).map(|info| info.digest).unwrap_or_default();
     Ok(AdapterMark {
@@ -209,13 +224,45 @@ pub fn chosen_adapter(
     }
 }
 
-/// The adapter meant by OpenAI's `model`, or 404.
-pub fn adapter_of_model(app: &App, model: &str) -> Result<Option<String>, ApiError> {
-    if matches!(model, "" | "tgi" | "default") || model == app.settings.model_id {
-        return Ok(None);
+/// LoRAX's `adapter_source`, and its `api_token`, which is refused.
+pub fn adapter_source(
+    app: &App,
+    source: Option<&str>,
+    api_token: Option<&str>,
+) -> Result<Option<Source>, ApiError> {
+    if api_token.is_some_and(|token| !token.is_empty()) {
+        return Err(unsupported(
+            "api_token",
+            "adapters are loaded with the server's own credentials",
+        ));
     }
+    match source {
+        None | Some("") => Ok(app.settings.default_adapter_source),
+        Some("hub") => Ok(Some(Source::Hub)),
+        Some("local") => Ok(Some(Source::Local)),
+        Some(other) => Err(ApiError::field(
+            "adapter_source",
+            format!("`adapter_source` is `{other}`; only `hub` and `local` are known here"),
+        )),
+    }
+}
+
+/// Whether a name stands for the base model, where no adapter has it: the model's own, and those that clients send who
+/// were not told any. "dummy" is that of the hub's InferenceClient.
+pub fn is_base(app: &App, name: &str) -> bool {
+    matches!(name, "tgi" | "default" | "dummy") || name == app.settings.model_id
+}
+
+/// The adapter meant by OpenAI's `model`; 404 where there is none and `source` says nowhere to load it from.
+pub fn adapter_of_model(
+    app: &App,
+    model: &str,
+    source: Option<Source>,
+) -> Result<Option<String>, ApiError> {
     match app.engine.adapters().resolve(model) {
         Ok(_) => Ok(Some(model.to_owned())),
+        Err(_) if model.is_empty() || is_base(app, model) => Ok(None),
+        Err(_) if source.is_some() => Ok(Some(model.to_owned())),
         Err(_) => Err(ApiError {
             param: Some("model".to_owned()),
             ..ApiError::new(

@@ -141,6 +141,7 @@ fn settings(home: &Path) -> Settings {
         cors_origins: vec![],
         lora_dir: Some(home.join("adapters")),
         allow_dynamic_lora: false,
+        default_adapter_source: None,
         download_program: PathBuf::from("/nonexistent"),
     }
 }

@@ -24,6 +24,7 @@ use crate::api::whole::Whole;
 
 const NAMES: Names = Names {
     prompt: "messages",
+    adapter: "model",
     max_new_tokens: "max_tokens",
     prompt_logprobs: "logprobs",
 };
@@ -50,7 +51,15 @@ pub async fn answer(app: &App, caller: &Caller, body: ChatBody) -> Result<Respon
         ));
     }
     let wanted = alternatives("top_logprobs", body.top_logprobs)?;
-    let max_new_tokens = body.max_completion_tokens.or(body.max_tokens);
+    let max_new_tokens = match (body.max_completion_tokens, body.max_tokens) {
+        (Some(newer), Some(older)) if newer != older => {
+            let message = format!(
+                "`max_completion_tokens` is {newer} and `max_tokens`, its older name, {older}; send one of them"
+            );
+            return Err(ApiError::field("max_tokens", message));
+        }
+        (newer, older) => newer.or(older),
+    };
     let template = read(app, body.common(), max_new_tokens, wanted, NAMES)?;
     let batch = Batch {
         requests: vec![template.with(prompt)],

@@ -23,6 +23,7 @@ use crate::request::TokenInfo;
 
 const NAMES: Names = Names {
     prompt: "prompt",
+    adapter: "model",
     max_new_tokens: "max_tokens",
     prompt_logprobs: "echo",
 };

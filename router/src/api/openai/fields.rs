@@ -13,7 +13,7 @@ use crate::api::error::ApiError;
 use crate::api::request::{GenerateRequest, Names, Prompt, SamplingFields};
 use crate::api::tgi::types::AdapterDetails;
 use crate::api::validate::{
-    AdapterMark, TOP_LOGPROBS, adapter_of_model, chosen_adapter, unsupported,
+    AdapterMark, TOP_LOGPROBS, adapter_of_model, adapter_source, chosen_adapter, unsupported,
 };
 use crate::request::TokenInfo;
 
@@ -50,7 +50,8 @@ pub fn read(
         ));
     }
     check_response_format(common.response_format)?;
-    let by_model = adapter_of_model(app, common.model)?;
+    let source = adapter_source(app, common.adapter_source, common.api_token)?;
+    let by_model = adapter_of_model(app, common.model, source)?;
     let adapter = match (by_model, chosen_adapter(common.adapter_id, common.lora_id)?) {
         (Some(model), Some(other)) if model != other => {
             let message = format!(
@@ -70,6 +71,7 @@ pub fn read(
         request: GenerateRequest {
             prompt: Prompt::Ids(vec![]),
             adapter,
+            adapter_source: source,
             sampling: SamplingFields {
                 // OpenAI's way to ask for the most likely token.
                 sample: common.temperature != Some(0.0),

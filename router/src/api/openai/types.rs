@@ -14,7 +14,7 @@ macro_rules! body {
         #[serde(deny_unknown_fields)]
         pub struct $name {
             $($(#[$doc])* pub $field: $type,)*
-            /// The base model or an adapter; "", "tgi" and "default" are the base model.
+            /// The base model or an adapter; "", "tgi", "default" and "dummy" are the base model.
             pub model: Option<String>,
             /// Most tokens of the answer.
             pub max_tokens: Option<i64>,
@@ -49,7 +49,8 @@ macro_rules! body {
             pub stream_options: Option<StreamOptions>,
             /// Tokens before the answer may end by itself.
             pub min_tokens: Option<i64>,
-            /// Treats end tokens as ordinary ones.
+            /// Treats end tokens as ordinary ones; LoRAX calls it `ignore_eos_token`.
+            #[serde(alias = "ignore_eos_token")]
             pub ignore_eos: Option<bool>,
             /// `{"type": "text"}` only.
             #[schema(value_type = Option<Object>)]
@@ -60,6 +61,11 @@ macro_rules! body {
             pub adapter_id: Option<String>,
             /// The same as `adapter_id`; "empty" is the base model.
             pub lora_id: Option<String>,
+            /// Where to load the adapter from if it is not loaded yet, as LoRAX does: `hub` (needs
+            /// `--allow-dynamic-lora`) or `local`, beneath `--lora-dir`.
+            pub adapter_source: Option<String>,
+            /// Not supported: adapters are loaded with the server's own credentials.
+            pub api_token: Option<String>,
         }
 
         impl $name {
@@ -69,6 +75,8 @@ macro_rules! body {
                     model: self.model.as_deref().unwrap_or_default(),
                     adapter_id: self.adapter_id.clone(),
                     lora_id: self.lora_id.clone(),
+                    adapter_source: self.adapter_source.as_deref(),
+                    api_token: self.api_token.as_deref(),
                     temperature: self.temperature,
                     top_p: self.top_p,
                     top_k: self.top_k,
@@ -98,6 +106,8 @@ pub struct Common<'a> {
     pub model: &'a str,
     pub adapter_id: Option<String>,
     pub lora_id: Option<String>,
+    pub adapter_source: Option<&'a str>,
+    pub api_token: Option<&'a str>,
     pub temperature: Option<f64>,
     pub top_p: Option<f64>,
     pub top_k: Option<i64>,
@@ -155,7 +165,7 @@ body! {
 
 /// One string or a list of them.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
 pub enum OneOrMany {
     /// One.
     One(String),
@@ -174,7 +184,10 @@ impl OneOrMany {
 
 /// Prompts in each form that OpenAI knows.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a text, texts, token ids or lists of token ids"
+)]
 pub enum PromptField {
     /// One text.
     Text(String),
@@ -213,7 +226,7 @@ pub struct ChatMessage {
 
 /// What a message says.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of parts")]
 pub enum Content {
     /// Plain text.
     Text(String),

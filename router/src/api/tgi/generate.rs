@@ -6,7 +6,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
-use super::parameters::{Asked, asked};
+use super::parameters::{Alternatives, Asked, asked};
 use super::types::*;
 use crate::api::admit::{Admitted, Batch, admit, only};
 use crate::api::answer::{EndReason, Figures, Generation, Part, TextToken};
@@ -27,6 +27,12 @@ pub async fn generate(
     Extension(caller): Extension<Caller>,
     JsonBody(body): JsonBody<GenerateBody>,
 ) -> Result<Response, ApiError> {
+    if body.stream == Some(true) {
+        return Err(ApiError::field(
+            "stream",
+            "`stream` is true and this route answers whole; ask /generate_stream or /",
+        ));
+    }
     let asked = asked(&app, body.inputs, body.parameters, false)?;
     let (headers, answer) = whole(&app, &caller, asked).await?;
     Ok((headers, Json(answer)).into_response())
@@ -41,6 +47,12 @@ pub async fn generate_stream(
     Extension(caller): Extension<Caller>,
     JsonBody(body): JsonBody<GenerateBody>,
 ) -> Result<Response, ApiError> {
+    if body.stream == Some(false) {
+        return Err(ApiError::field(
+            "stream",
+            "`stream` is false and this route answers with events; ask /generate or /",
+        ));
+    }
     let asked = asked(&app, body.inputs, body.parameters, true)?;
     events(&app, &caller, asked).await
 }
@@ -77,7 +89,7 @@ async fn whole(
     caller: &Caller,
     asked: Asked,
 ) -> Result<(HeaderMap, GenerateAnswer), ApiError> {
-    let prompt_wanted = asked.request.prompt_logprobs;
+    let (prompt_wanted, alternatives) = (asked.request.prompt_logprobs, asked.alternatives);
     let batch = Batch {
         requests: vec![asked.request],
         copies: asked.best_of,
@@ -99,6 +111,8 @@ async fn whole(
     let best = answers.remove(0);
     let writer = Writer {
         app,
+        alternatives,
+        prompt_tokens: count(&prompt),
         prompt: if prompt_wanted { &prompt } else { &[] },
         prefix: if asked.full_text == Some(true) {
             &checked.prompt_text
@@ -142,7 +156,7 @@ async fn events(app: &App, caller: &Caller, asked: Asked) -> Result<Response, Ap
         Some(true) => checked.prompt_text,
         _ => String::new(),
     };
-    let details = asked.details;
+    let (details, alternatives) = (asked.details, asked.alternatives);
     let own = app.clone();
     let messages = stream! {
         let mut index = 0;
@@ -160,8 +174,8 @@ async fn events(app: &App, caller: &Caller, asked: Asked) -> Result<Response, Ap
             }
             yield Ok(Message::json(&StreamEvent {
                 index,
-                top_tokens: top_tokens(&own, &token.info),
-                token: wire_token(token),
+                top_tokens: top_tokens(&own, &token.info, alternatives),
+                token: wire_token(&own, token, alternatives),
                 generated_text: reason.map(|_| std::mem::take(&mut text)),
                 details: reason.filter(|_| details).map(|reason| stream_details(&generation, reason)),
             }));
@@ -178,7 +192,8 @@ fn stream_details(generation: &Generation, reason: EndReason) -> StreamDetails {
         finish_reason: reason.into(),
         generated_tokens: figures.generated,
         seed: generation.seed,
-        input_length: u32::try_from(generation.prompt.len()).unwrap_or(u32::MAX),
+        input_length: count(&generation.prompt),
+        prompt_tokens: count(&generation.prompt),
         adapter: generation.adapter.as_ref().map(AdapterDetails::from),
         cached_tokens: figures.cached,
         queue_time_ms: milliseconds(figures.queue),
@@ -189,6 +204,8 @@ fn stream_details(generation: &Generation, reason: EndReason) -> StreamDetails {
 /// Writes whole answers to one prompt.
 struct Writer<'a> {
     app: &'a App,
+    alternatives: Alternatives,
+    prompt_tokens: u32,
     /// Empty unless it was asked for.
     prompt: &'a [u32],
     prefix: &'a str,
@@ -203,10 +220,11 @@ impl Writer<'_> {
     ) -> Details {
         Details {
             finish_reason: whole.reason.into(),
+            prompt_tokens: self.prompt_tokens,
             generated_tokens: whole.figures.generated,
             seed: whole.seed,
             prefill: self.prefill(whole),
-            tokens: whole.tokens.iter().cloned().map(wire_token).collect(),
+            tokens: self.tokens(whole),
             best_of_sequences,
             top_tokens: self.top_tokens(whole),
             adapter: adapter.map(AdapterDetails::from),
@@ -223,7 +241,7 @@ impl Writer<'_> {
             generated_tokens: whole.figures.generated,
             seed: whole.seed,
             prefill: self.prefill(whole),
-            tokens: whole.tokens.iter().cloned().map(wire_token).collect(),
+            tokens: self.tokens(whole),
             top_tokens: self.top_tokens(whole),
         }
     }
@@ -249,33 +267,60 @@ impl Writer<'_> {
             .collect()
     }
 
+    fn tokens(&self, whole: &Whole) -> Vec<Token> {
+        let tokens = whole.tokens.iter().cloned();
+        tokens
+            .map(|token| wire_token(self.app, token, self.alternatives))
+            .collect()
+    }
+
     fn top_tokens(&self, whole: &Whole) -> Vec<Vec<Token>> {
         let lists = whole
             .tokens
             .iter()
-            .map(|token| top_tokens(self.app, &token.info));
+            .map(|token| top_tokens(self.app, &token.info, self.alternatives));
         lists.filter(|list| !list.is_empty()).collect()
     }
 }
 
-fn wire_token(token: TextToken) -> Token {
+fn count(ids: &[u32]) -> u32 {
+    u32::try_from(ids.len()).unwrap_or(u32::MAX)
+}
+
+fn wire_token(app: &App, token: TextToken, alternatives: Alternatives) -> Token {
+    let tokenizer = app.text.tokenizer();
+    let within = token
+        .info
+        .top
+        .iter()
+        .map(|&(id, logprob)| AlternativeToken {
+            id,
+            text: tokenizer.token_text(id),
+            logprob,
+        });
     Token {
         id: token.info.id,
+        alternative_tokens: (alternatives == Alternatives::Within).then(|| within.collect()),
         text: token.text,
         logprob: token.info.logprob,
         special: token.special,
     }
 }
 
-fn top_tokens(app: &App, info: &TokenInfo) -> Vec<Token> {
+/// The alternatives to a token, unless they are told within it.
+fn top_tokens(app: &App, info: &TokenInfo, alternatives: Alternatives) -> Vec<Token> {
+    if alternatives == Alternatives::Within {
+        return vec![];
+    }
     let tokenizer = app.text.tokenizer();
-    let alternatives = info.top.iter().map(|&(id, logprob)| Token {
+    let tokens = info.top.iter().map(|&(id, logprob)| Token {
         id,
         text: tokenizer.token_text(id),
         logprob,
         special: tokenizer.is_special(id),
+        alternative_tokens: None,
     });
-    alternatives.collect()
+    tokens.collect()
 }
 
 fn milliseconds(duration: std::time::Duration) -> f64 {

@@ -6,7 +6,7 @@ use super::types::GenerateParameters;
 use crate::api::App;
 use crate::api::error::ApiError;
 use crate::api::request::{GenerateRequest, Names, Prompt, SamplingFields};
-use crate::api::validate::{chosen_adapter, unsupported};
+use crate::api::validate::{adapter_source, chosen_adapter, unsupported};
 
 /// What the handlers need beside the request itself.
 pub struct Asked {
@@ -18,10 +18,22 @@ pub struct Asked {
     pub details: bool,
     /// Whether the prompt goes before the answer.
     pub full_text: Option<bool>,
+    /// Where alternatives to tokens are told.
+    pub alternatives: Alternatives,
+}
+
+/// Where alternatives to tokens are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alternatives {
+    /// In lists beside the tokens, as TGI's `top_n_tokens` asks.
+    Beside,
+    /// In each token, as LoRAX's `return_k_alternatives` asks.
+    Within,
 }
 
 const NAMES: Names = Names {
     prompt: "inputs",
+    adapter: "adapter_id",
     max_new_tokens: "max_new_tokens",
     prompt_logprobs: "decoder_input_details",
 };
@@ -52,20 +64,10 @@ pub fn asked(
             "`decoder_input_details` is not available in streams; use /generate",
         ));
     }
-    let most = app.settings.max_top_n_tokens;
-    let top_logprobs = match parameters.top_n_tokens {
-        None => 0,
-        Some(asked) => u32::try_from(asked)
-            .ok()
-            .filter(|&asked| asked <= most)
-            .ok_or_else(|| {
-                let message =
-                    format!("`top_n_tokens` must be between 0 and {most}, {asked} was given");
-                ApiError::field("top_n_tokens", message)
-            })?,
-    };
+    let (top_logprobs, alternatives) = alternatives(app, &parameters)?;
     Ok(Asked {
         best_of,
+        alternatives,
         details: parameters.details == Some(true) || prompt_logprobs,
         full_text: parameters.return_full_text,
         request: GenerateRequest {
@@ -74,6 +76,11 @@ pub fn asked(
                 add_special: true,
             },
             adapter: chosen_adapter(parameters.adapter_id, parameters.lora_id)?,
+            adapter_source: adapter_source(
+                app,
+                parameters.adapter_source.as_deref(),
+                parameters.api_token.as_deref(),
+            )?,
             sampling: SamplingFields {
                 sample,
                 temperature: parameters.temperature,
@@ -98,6 +105,31 @@ pub fn asked(
             names: NAMES,
         },
     })
+}
+
+fn alternatives(
+    app: &App,
+    parameters: &GenerateParameters,
+) -> Result<(u32, Alternatives), ApiError> {
+    let (field, asked, place) = match (parameters.top_n_tokens, parameters.return_k_alternatives) {
+        (None, None) => return Ok((0, Alternatives::Beside)),
+        (Some(asked), None) => ("top_n_tokens", asked, Alternatives::Beside),
+        (None, Some(asked)) => ("return_k_alternatives", asked, Alternatives::Within),
+        (Some(_), Some(_)) => {
+            return Err(ApiError::field(
+                "return_k_alternatives",
+                "`return_k_alternatives` and `top_n_tokens` ask for the same in two shapes; send one of them",
+            ));
+        }
+    };
+    let most = app.settings.max_top_n_tokens;
+    match u32::try_from(asked) {
+        Ok(asked) if asked <= most => Ok((asked, place)),
+        _ => {
+            let message = format!("`{field}` must be between 0 and {most}, {asked} was given");
+            Err(ApiError::field(field, message))
+        }
+    }
 }
 
 fn seed(seed: &Number) -> Result<u64, ApiError> {
@@ -142,26 +174,18 @@ fn refuse_unsupported(parameters: &GenerateParameters) -> Result<(), ApiError> {
     if parameters.watermark == Some(true) {
         return Err(unsupported("watermark", "answers carry no watermark"));
     }
-    if parameters.grammar.is_some() {
+    let grammars = [
+        ("grammar", &parameters.grammar),
+        ("response_format", &parameters.response_format),
+    ];
+    if let Some((field, _)) = grammars.iter().find(|(_, grammar)| grammar.is_some()) {
         return Err(unsupported(
-            "grammar",
+            field,
             "answers cannot be held to a grammar yet",
         ));
     }
     if parameters.merged_adapters.is_some() {
         return Err(unsupported("merged_adapters", "an answer has one adapter"));
     }
-    if parameters.api_token.is_some() {
-        return Err(unsupported(
-            "api_token",
-            "adapters are loaded with the server's own credentials",
-        ));
-    }
-    match parameters.adapter_source.as_deref() {
-        None | Some("" | "hub" | "local") => Ok(()),
-        Some(other) => Err(ApiError::field(
-            "adapter_source",
-            format!("`adapter_source` is `{other}`; only `hub` and `local` are known here"),
-        )),
-    }
+    Ok(())
 }

@@ -15,6 +15,8 @@ pub struct GenerateBody {
     pub inputs: String,
     /// How to continue it. Without any, the answer is sampled.
     pub parameters: Option<GenerateParameters>,
+    /// What the route does anyway: false on `/generate`, true on `/generate_stream`.
+    pub stream: Option<bool>,
 }
 
 /// Body of `/`.
@@ -55,7 +57,7 @@ pub struct GenerateParameters {
     pub max_new_tokens: Option<i64>,
     /// Puts the prompt before the answer.
     pub return_full_text: Option<bool>,
-    /// Strings that end the answer; they are not part of it.
+    /// Strings that end the answer; the one that does stays at its end.
     pub stop: Option<Vec<String>>,
     /// Keeps so many tokens at the prompt's end.
     pub truncate: Option<i64>,
@@ -68,14 +70,20 @@ pub struct GenerateParameters {
     /// Makes a sampled answer repeatable.
     #[schema(value_type = Option<u64>)]
     pub seed: Option<serde_json::Number>,
-    /// Alternatives to report with each token.
+    /// Alternatives to report beside the tokens, as `top_tokens`.
     pub top_n_tokens: Option<i64>,
+    /// Alternatives to report in each token, as `alternative_tokens`: LoRAX's `top_n_tokens`.
+    pub return_k_alternatives: Option<i64>,
     /// Not supported yet.
     #[schema(value_type = Option<Object>)]
     pub grammar: Option<serde_json::Value>,
+    /// Not supported yet: LoRAX's `grammar`.
+    #[schema(value_type = Option<Object>)]
+    pub response_format: Option<serde_json::Value>,
     /// The adapter to answer with.
     pub adapter_id: Option<String>,
-    /// Where LoRAX clients expect the adapter: `hub` or `local`; either finds a loaded one.
+    /// Where to load the adapter from if it is not loaded yet, as LoRAX does: `hub` (needs `--allow-dynamic-lora`) or
+    /// `local`, beneath `--lora-dir`.
     pub adapter_source: Option<String>,
     /// Not supported.
     #[schema(value_type = Option<Object>)]
@@ -121,6 +129,20 @@ pub struct Token {
     pub logprob: f32,
     /// Whether it is a control token, whose text is no part of the answer.
     pub special: bool,
+    /// Alternatives to it, when `return_k_alternatives` asks for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alternative_tokens: Option<Vec<AlternativeToken>>,
+}
+
+/// A token that might have stood in another's place.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct AlternativeToken {
+    /// Its id.
+    pub id: u32,
+    /// Its text.
+    pub text: String,
+    /// Its log-probability.
+    pub logprob: f32,
 }
 
 /// A token of a prompt.
@@ -177,11 +199,13 @@ pub struct BestOfSequence {
 pub struct Details {
     /// Why the answer ended.
     pub finish_reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
     /// Tokens of the answer.
     pub generated_tokens: u32,
     /// The seed, when the answer was sampled.
     pub seed: Option<u64>,
-    /// Tokens of the prompt, when `decoder_input_details` asks for them.
+    /// The prompt's tokens, when `decoder_input_details` asks for them.
     pub prefill: Vec<PrefillToken>,
     /// Tokens of the answer.
     pub tokens: Vec<Token>,
@@ -222,6 +246,8 @@ pub struct StreamDetails {
     pub seed: Option<u64>,
     /// Tokens of the prompt.
     pub input_length: u32,
+    /// The same, under LoRAX's name.
+    pub prompt_tokens: u32,
     /// The adapter that was applied; null for the base model.
     pub adapter: Option<AdapterDetails>,
     /// Prompt tokens that the prefix cache saved.
