@@ -151,6 +151,9 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
     if settings.allow_dynamic_lora {
         args.word("--allow-dynamic-lora");
     }
+    if let Some(source) = settings.default_adapter_source {
+        args.flag("--default-adapter-source", source.name());
+    }
     let sizes = [
         ("--prometheus-port", settings.prometheus_port.map(u32::from)),
         ("--request-timeout", Some(limits.request_timeout)),

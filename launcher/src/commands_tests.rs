@@ -95,6 +95,15 @@ fn every_process_is_told_its_place() {
 }
 
 #[test]
+fn the_router_learns_where_adapters_come_from() {
+    let [_, router] = whole(
+        &["--allow-dynamic-lora", "--default-adapter-source=hub"],
+        &[],
+    );
+    assert!(line(&router).contains("--allow-dynamic-lora --default-adapter-source hub"));
+}
+
+#[test]
 fn threads_of_a_shard_do_not_spin_unless_the_operator_says_so() {
     let policy = |variables: &[(&str, &str)]| {
         let [shard, _] = whole(&[], variables);

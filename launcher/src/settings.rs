@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use crate::adapters::{self, AdapterRequest};
 use crate::args::compat::Fate;
 use crate::args::{
-    ActivationDtype, Args, Attention, Device, Dtype, Environment, GraphSizes, KvCacheDtype, Limits,
-    Operation, Quantize, Secret,
+    ActivationDtype, AdapterSource, Args, Attention, Device, Dtype, Environment, GraphSizes,
+    KvCacheDtype, Limits, Operation, Quantize, Secret,
 };
 use crate::failure::Failure;
 
@@ -22,6 +22,7 @@ pub struct Settings {
     pub adapters: Vec<AdapterRequest>,
     pub lora_dir: Option<PathBuf>,
     pub allow_dynamic_lora: bool,
+    pub default_adapter_source: Option<AdapterSource>,
     pub dtype: Dtype,
     pub kv_cache_dtype: KvCacheDtype,
     pub quantize: Option<Quantize>,
@@ -87,6 +88,17 @@ impl Settings {
                 missing.display()
             )));
         }
+        let missing = match model.default_adapter_source {
+            Some(AdapterSource::Hub) if !model.allow_dynamic_lora => Some("--allow-dynamic-lora"),
+            Some(AdapterSource::Local) if model.lora_dir.is_none() => Some("--lora-dir"),
+            _ => None,
+        };
+        if let (Some(source), Some(flag)) = (model.default_adapter_source, missing) {
+            return Err(Failure::config(format!(
+                "--default-adapter-source {} needs {flag}, which allows what it asks for; pass it too",
+                source.name()
+            )));
+        }
         let num_shard = match sharding.num_shard {
             None => from_variable(environment, "SM_NUM_GPUS", |text| {
                 text.parse().map_err(|_| String::new())
@@ -126,6 +138,7 @@ impl Settings {
             adapters,
             lora_dir: model.lora_dir,
             allow_dynamic_lora: model.allow_dynamic_lora,
+            default_adapter_source: model.default_adapter_source,
             dtype: model.dtype.unwrap_or(Dtype::Auto),
             kv_cache_dtype: model.kv_cache_dtype.unwrap_or(KvCacheDtype::Auto),
             quantize,
@@ -159,7 +172,7 @@ impl Settings {
 const LOOPBACK: &str = "127.0.0.1";
 
 fn fates(args: &Args) -> Result<Vec<String>, Failure> {
-    let fates = args.compat.fates();
+    let fates = [args.compat.fates(), args.lorax.fates()].concat();
     if let Some(Fate::Refused { flag, reason }) = fates
         .iter()
         .find(|fate| matches!(fate, Fate::Refused { .. }))

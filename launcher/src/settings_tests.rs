@@ -202,6 +202,68 @@ fn what_has_no_effect_is_accepted_with_one_remark() {
     );
 }
 
+/// Every flag that LoRAX's launcher has beyond those above, with a value and what is said of it.
+const KNOWN_IN_LORAX: &[(&str, &str)] = &[
+    ("--adapter-id=a", "--lora-ids"),
+    ("--source=s3", "folder"),
+    ("--adapter-source=pbase", "folder"),
+    ("--source=hub", "hub"),
+    ("--adapter-source=hub", "hub"),
+    ("--preloaded-adapter-ids=a", "--lora-ids"),
+    ("--preloaded-adapter-source=hub", "--lora-ids"),
+    ("--merge-adapter-weights", "side by side"),
+    ("--predibase-api-token=t", "folders"),
+    ("--max-active-adapters=9", "--adapter-bytes"),
+    ("--adapter-cycle-time-s=2", "--adapter-bytes"),
+    ("--adapter-memory-fraction=0.1", "--adapter-bytes"),
+    ("--eager-prefill=true", "in parts"),
+    ("--chunked-prefill", "in parts"),
+    ("--chunked-prefill=true", "in parts"),
+    ("--prefix-caching=true", "in parts"),
+    ("--compile", "--cuda-graphs"),
+    ("--compile-max-batch-size=8", "--cuda-graphs"),
+    ("--compile-max-rank=8", "--cuda-graphs"),
+    ("--compile-batch-size=8", "--cuda-graphs"),
+    ("--backend=fa2", "--attention"),
+    ("--disable-sgmv", "kernels"),
+    ("--memory-wiggle-room=0.9", "memory"),
+    ("--embedding-model=true", "text only"),
+    ("--embedding-dim=8", "text only"),
+    ("--download-only", "download-weights"),
+    ("--cors-allow-header=x", "--cors-allow-origin"),
+    ("--cors-expose-header=x", "--cors-allow-origin"),
+    ("--cors-allow-method=GET", "--cors-allow-origin"),
+    ("--cors-allow-credentials=true", "--cors-allow-origin"),
+];
+
+#[test]
+fn flags_of_lorax_are_answered_with_what_stands_in_their_place() {
+    for (flag, words) in KNOWN_IN_LORAX {
+        let said = match check(&["--model-id=m", flag]) {
+            Ok(settings) => settings.remarks.join("\n"),
+            Err(failure) => failure.message,
+        };
+        let name = flag.split('=').next().expect("a name");
+        assert!(
+            said.contains(name) && said.contains(words),
+            "{flag}: {said}"
+        );
+    }
+    let settings = check(&["--model-id=m", "--speculative-tokens=3"]).expect("the same as ours");
+    assert_eq!(settings.limits.speculate, Some(3));
+}
+
+#[test]
+fn a_default_source_of_adapters_needs_leave_to_load_from_it() {
+    for (source, flag) in [("hub", "--allow-dynamic-lora"), ("local", "--lora-dir=/")] {
+        let asked = ["--model-id=m", "--default-adapter-source", source];
+        let failure = check(&asked).expect_err("not allowed");
+        let name = flag.split('=').next().expect("a name");
+        assert!(failure.message.contains(name), "{failure}");
+        assert!(check(&[&asked[..], &[flag]].concat()).is_ok(), "{source}");
+    }
+}
+
 #[test]
 fn a_missing_model_is_named() {
     assert!(

@@ -10,7 +10,7 @@ pub struct Limits {
     #[arg(long, env, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_concurrent_requests: u32,
 
-    /// Largest `best_of` and `n` of a request
+    /// Largest `best_of` of a request to text-generation-inference's routes
     #[arg(long, env, default_value_t = 2)]
     pub max_best_of: u32,
 
@@ -30,7 +30,7 @@ pub struct Limits {
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(2..))]
     pub max_total_tokens: Option<u32>,
 
-    /// Most prompts in one request
+    /// Most answers of one request: its prompts times `n` or `best_of`
     #[arg(long, env, default_value_t = 4)]
     pub max_client_batch_size: u32,
 
@@ -67,7 +67,7 @@ pub struct Limits {
     pub share_prefix_cache: bool,
 
     /// Tokens of a sequence that one step computes on a guess, looked up in its own text; answers stay the same
-    #[arg(long, env)]
+    #[arg(long, env, alias = "speculative-tokens")]
     pub speculate: Option<u32>,
 
     /// Most sequences in one step [default: chosen by the router]

@@ -1,11 +1,12 @@
 //! What was asked for on the command line and in the environment; nothing outside this folder reads either.
 //!
 //! Every flag of text-generation-inference's launcher has its place here, with its name and its environment variable:
-//! kept, mapped, or (in [`compat`]) accepted with a remark or refused with the reason.
+//! kept, mapped, or (in [`compat`]) accepted with a remark or refused with the reason; LoRAX's own are in [`lorax`].
 
 pub mod compat;
 mod environment;
 mod limits;
+pub mod lorax;
 mod model;
 mod network;
 mod operation;
@@ -13,8 +14,10 @@ mod operation;
 pub use compat::Compat;
 pub use environment::{Environment, is_forwarded_to_shards};
 pub use limits::Limits;
+pub use lorax::Lorax;
 pub use model::{
-    ActivationDtype, Attention, Device, Dtype, GraphSizes, KvCacheDtype, Model, Quantize, Sharding,
+    ActivationDtype, AdapterSource, Attention, Device, Dtype, GraphSizes, KvCacheDtype, Model,
+    Quantize, Sharding,
 };
 pub use network::Network;
 pub use operation::Operation;
@@ -45,6 +48,8 @@ pub struct Args {
     pub operation: Operation,
     #[command(flatten)]
     pub compat: Compat,
+    #[command(flatten)]
+    pub lorax: Lorax,
 }
 
 impl Args {

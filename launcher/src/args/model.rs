@@ -38,6 +38,11 @@ pub struct Model {
     #[arg(long, env, value_parser = FalseyValueParser::new())]
     pub allow_dynamic_lora: bool,
 
+    /// Where an adapter that is not loaded is loaded from when a request asks for it and does not say: `hub` needs
+    /// --allow-dynamic-lora, `local` --lora-dir [default: nowhere, such a request is answered with 404]
+    #[arg(long, env, value_enum)]
+    pub default_adapter_source: Option<AdapterSource>,
+
     /// Number format of weights and activations [default: that of the checkpoint]
     #[arg(long, env, value_enum)]
     pub dtype: Option<Dtype>,
@@ -171,6 +176,13 @@ pub enum Attention {
     Native,
 }
 
+/// Where adapters come from that are not loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AdapterSource {
+    Hub,
+    Local,
+}
+
 /// Number format of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
@@ -240,4 +252,11 @@ macro_rules! named_as_on_the_command_line {
         }
     )+};
 }
-named_as_on_the_command_line!(Attention, Dtype, KvCacheDtype, ActivationDtype, Quantize);
+named_as_on_the_command_line!(
+    AdapterSource,
+    Attention,
+    Dtype,
+    KvCacheDtype,
+    ActivationDtype,
+    Quantize
+);
