@@ -1,16 +1,19 @@
 """Where a shard computes: the host's processors or one GPU of it. Whatever a device decides is decided here; all others are handed one.
 
-Batches are made on the host. `take` brings one to where the model lies, in a single copy.
+Batches are made on the host. `take` brings one to where the model lies, in a single copy; `fetch` has what was made there come
+back while the host goes on.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import kvrun_kernels
 import torch
@@ -20,12 +23,34 @@ from torch import Tensor
 from kvrun.errors import DeviceError, Unsupported
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 log = logging.getLogger("kvrun.device")
 
 ABLE = {"cpu": "the kernels for CPUs", "cuda": "GPUs"}
 CGROUP_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 LINE = 16  # bytes, of the widest load: every tensor of a copy begins at a multiple of it
 BFLOAT16 = (8, 0)  # the first compute capability whose tensor cores multiply bfloat16
+
+
+class Landing(Protocol[T_co]):
+    """What was made on a device, on its way to the host."""
+
+    @property
+    def landed(self) -> bool:
+        """Whether the host has it by now."""
+
+    def wait(self) -> None:
+        """Return when the host has it. Any thread may wait."""
+
+    def get(self) -> T_co:
+        """The same with all its tensors on the host; waits for them."""
+
+
+class Mark(Protocol):
+    """A moment in a device's work."""
+
+    def since(self, earlier: Any) -> int:
+        """Microseconds since an earlier one. Both must be over: what was fetched after them has landed."""
 
 
 class Device(Protocol):
@@ -69,8 +94,75 @@ class Device(Protocol):
     def take(self, made: T) -> T:
         """A dataclass whose tensors were made on the host, and those of its dataclasses, with all of them on this device."""
 
+    def fetch(self, made: T) -> Landing[T]:
+        """A dataclass whose tensors were made here, and those of its dataclasses, on its way to the host once all work before is done."""
+
+    def mark(self) -> Mark:
+        """The moment when all work before is done."""
+
     def describe(self) -> str:
         """Its name and its memory, for people."""
+
+
+@dataclass(frozen=True)
+class Landed(Generic[T]):
+    """What the host had from the first."""
+
+    made: T
+    landed = True
+
+    def wait(self) -> None:
+        """See Landing."""
+
+    def get(self) -> T:
+        """See Landing."""
+        return self.made
+
+
+@dataclass(frozen=True)
+class Flight(Generic[T]):
+    """What a GPU copies to pinned memory, which nobody may read before the event."""
+
+    made: T
+    event: torch.cuda.Event
+    index: int
+
+    @property
+    def landed(self) -> bool:
+        """See Landing."""
+        return self.event.query()
+
+    def wait(self) -> None:
+        """See Landing."""
+        torch.cuda.set_device(self.index)  # of this thread, which may be new to GPUs, and would set up the first of them
+        self.event.synchronize()
+
+    def get(self) -> T:
+        """See Landing."""
+        self.wait()
+        return self.made
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A moment of the host."""
+
+    ns: int
+
+    def since(self, earlier: Instant) -> int:
+        """See Mark."""
+        return (self.ns - earlier.ns) // 1000
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A moment that a GPU comes to between two kernels."""
+
+    event: torch.cuda.Event
+
+    def since(self, earlier: Passed) -> int:
+        """See Mark."""
+        return int(earlier.event.elapsed_time(self.event) * 1e3)
 
 
 @dataclass(frozen=True)
@@ -104,6 +196,14 @@ class Cpu:
     def take(self, made: T) -> T:
         """The same."""
         return made
+
+    def fetch(self, made: T) -> Landing[T]:
+        """The same."""
+        return Landed(made)
+
+    def mark(self) -> Mark:
+        """Now."""
+        return Instant(time.perf_counter_ns())
 
     def describe(self) -> str:
         """See Device."""
@@ -172,24 +272,32 @@ class Cuda:
     def take(self, made: T) -> T:
         """See Device. The host does not wait for the copy; nothing may write to what was given until the step is done."""
         here = [tensor for tensor in _tensors(made) if tensor.is_cpu]
-        return _replaced(made, iter(self._moved(here)))
+        staged, places = _pinned(here)
+        for place, tensor in zip(places, here, strict=True):
+            place.copy_(tensor)
+        return _replaced(made, iter(_laid(staged.to(self.place, non_blocking=True), here)), of_host=True)
+
+    def fetch(self, made: T) -> Landing[T]:
+        """See Device."""
+        there = [tensor for tensor in _tensors(made) if not tensor.is_cpu]
+        _, places = _pinned(there)
+        for place, tensor in zip(places, there, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return Flight(_replaced(made, iter(places), of_host=False), event, self.index)
+
+    def mark(self) -> Mark:
+        """See Device."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return Passed(event)
 
     def describe(self) -> str:
         """See Device."""
         major, minor = torch.cuda.get_device_capability(self.index)
         name = torch.cuda.get_device_name(self.index)
         return f"{self.place}, {name}, compute capability {major}.{minor}, {self.free_bytes() / 2**30:.1f} GiB free"
-
-    def _moved(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        ends, size = [], 0
-        for tensor in tensors:
-            size += -(-tensor.nbytes // LINE) * LINE
-            ends.append(size)
-        # Pinned blocks come from PyTorch's cache of them, which gives a block again only when the copy out of it is done.
-        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for tensor, place in zip(tensors, _places(staged, tensors, ends), strict=True):
-            place.copy_(tensor)
-        return _places(staged.to(self.place, non_blocking=True), tensors, ends)
 
 
 def choose(asked: str, rank: int, fraction: float = 1.0) -> Cpu | Cuda:
@@ -260,19 +368,32 @@ def _tensors(made: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _replaced(made: T, moved: Iterator[Tensor]) -> T:
-    """The same dataclass with the next of `moved` for every tensor of the host."""
+def _replaced(made: T, moved: Iterator[Tensor], *, of_host: bool) -> T:
+    """The same dataclass with the next of `moved` for every tensor of the host, or for every other."""
     changed: dict[str, Any] = {}
     for field in fields(made):  # type: ignore[arg-type]
         value = getattr(made, field.name)
         if isinstance(value, Tensor):
-            changed[field.name] = next(moved) if value.is_cpu else value
+            changed[field.name] = next(moved) if value.is_cpu == of_host else value
         elif is_dataclass(value):
-            changed[field.name] = _replaced(value, moved)
+            changed[field.name] = _replaced(value, moved, of_host=of_host)
     return replace(made, **changed)  # type: ignore[type-var]
 
 
-def _places(block: Tensor, tensors: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+def _pinned(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A block of pinned memory, and places in it for all of these.
+
+    Such blocks come from PyTorch's cache of them, which gives a block again only when the copies out of it or into it are done.
+    """
+    block = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=True)
+    return block, _laid(block, tensors)
+
+
+def _laid(block: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of a block of bytes, one after another, of the dtypes and shapes of `tensors`."""
-    starts = (0, *ends)
+    starts = accumulate(map(_room, tensors), initial=0)
     return [block[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors)]
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // LINE) * LINE

@@ -1,7 +1,8 @@
 """A device that is not there: tensors that say they lie on a GPU and are computed on the host, and may not be mixed with the host's.
 
 It shows without a GPU what a GPU would: a tensor that was left on the host stops the op that meets it, native code refuses
-what does not lie on the host, and the ops' Triton code serves, through Triton's interpreter. It shows no speed and no order in time.
+what does not lie on the host, and the ops' Triton code serves, through Triton's interpreter. It shows no speed; of order in time
+it shows what `streams.py` does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 import graphs
 import pytest
+import streams
 import torch
 from kvrun.device import Cuda
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 HERE = torch.device("cpu")
+HERE_ONLY = torch.empty(0)  # stands for what a copy is still to make on the host, in memory that is not pinned
 # What carries numbers from one device to another, and so may meet tensors of both.
 CARRIERS = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 GIB = 1 << 30
@@ -78,18 +81,29 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     left = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
     if there and left and func not in CARRIERS:
         raise Mixed(f"{func} met tensors of the device and of the host, {[list(t.shape) for t in left]}")
-    place = there[0].device if there else HERE
+    place, pinned = there[0].device if there else HERE, kwargs.get("pin_memory")
     if kwargs.get("device") is not None:
         place, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": HERE, "pin_memory": False}
     elif func is torch.ops.aten.copy_.default:
         place = args[0].device
-    graphs.check(func, args, func in CARRIERS and len({place.type, *(tensor.device.type for tensor in tensors)}) > 1)
+    # In inference mode `to` comes here as it was called.
+    carries = func in CARRIERS or func.overloadpacket is torch.ops.aten.to
+    crosses = carries and len({place.type, *(tensor.device.type for tensor in tensors)}) > 1
+    graphs.check(func, args, crosses)
+    if crosses or there:
+        met = next((tensor for tensor in tensors if not isinstance(tensor, Elsewhere)), None) if crosses else None
+        later = streams.note(func, args, kwargs, HERE_ONLY if crosses and met is None else met)
+        if crosses and later and func is torch.ops.aten.copy_.default and place.type == "cpu":
+            streams.current().copy(args[0], args[1].held)
+            return args[0]
     known = {id(tensor.held): tensor for tensor in there}
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
     if func is torch.ops.aten._to_copy.default:
         kwargs.pop("pin_memory", None)
     made = func(*args, **kwargs)
     if place.type == "cpu":
+        if pinned:
+            streams.pin(made)
         return made
     if (graph := graphs.active()) is not None:
         graph.op(func, args, kwargs, set(known), made)
@@ -153,6 +167,7 @@ def gpus(
         "set_device": lambda index: None,
         "set_per_process_memory_fraction": lambda fraction, index: None,
         "_lazy_init": lambda: None,
+        "Event": streams.Event,
         **graphs.SAID,
     }
     told = nullcontext() if measured else patch.object(Cuda, "peak_bytes", lambda self, run: None)

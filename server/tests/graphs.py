@@ -133,12 +133,19 @@ def capturing(graph: Graph, pool: Pool | None = None, capture_error_mode: str = 
         _thread.graph = None
 
 
+def waits(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host reads numbers of an operator's tensors, be it for the shape of what it makes."""
+    if func is aten.is_nonzero.default:  # not marked
+        return True
+    numbered = func is aten.index.Tensor and not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return bool(WAITING & set(func.tags)) and not numbered
+
+
 def check(func: Any, args: tuple[Any, ...], crosses: bool) -> None:
     """Raise for an operator that a capture cannot hold."""
     if active() is None:
         return
-    numbered = func is aten.index.Tensor and not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if WAITING & set(func.tags) and not numbered:
+    if waits(func, args):
         raise NotCapturable(f"{func} waits for the device")
     if crosses:
         raise NotCapturable(f"{func} carries numbers between the device and the host")

@@ -186,6 +186,9 @@ class Wire:
     def gather(self, *given):
         return self._call("gather", *given)
 
+    def broadcast(self, *given):
+        return self._call("broadcast", *given)
+
 
 WAYS = {
     "greedy": Sampling(top_logprobs=2, prompt_logprobs=True),
@@ -234,7 +237,7 @@ def test_adapters_lie_and_answer_on_a_gpu(name, engines, on_gpus, adapter):
 def test_ranks_on_gpus_add_up_by_their_own_collectives(engines, on_gpus):
     expected, ranks = answers(engines("llama"), WAYS["greedy"]), on_gpus("llama", 2)
     assert answers(ranks, WAYS["greedy"]).answers == expected.answers
-    assert {"allreduce", "gather"} <= set(ranks.engines[0]._group._device.calls)
+    assert {"allreduce", "gather", "broadcast"} <= set(ranks.engines[0]._group._device.calls)
 
 
 def test_a_group_of_one_needs_no_collectives_on_a_gpu(gpu):

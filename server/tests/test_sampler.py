@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvrun.device import Cpu
 from kvrun.engine import sampler
-from kvrun.engine.sampler import Choice, sample
-from kvrun.engine.sampling import Sampling, uniforms
+from kvrun.engine.sampler import Adjustments, Choice
+from kvrun.engine.sampling import Sampling, TokenLogprob, uniforms
 from kvrun.errors import ProtocolError
 from transformers.generation import logits_process as hf
 
@@ -23,6 +24,11 @@ def logits(rows: int = 1, vocabulary: int = VOCABULARY, seed: int = 0, spread: f
 
 def choice(prompt=(1, 2, 3), answer=(), **settings) -> Choice:
     return Choice(Sampling(**settings), np.array([*prompt, *answer], np.int64), len(prompt))
+
+
+def sample(scores: torch.Tensor, choices: list[Choice], limit: int) -> list[TokenLogprob | None]:
+    """What is chosen for each row, as the host reads it."""
+    return sampler.sample(scores, choices, limit, Cpu()).tokens([choice.sampling.top_logprobs for choice in choices])
 
 
 def drawn(scores: torch.Tensor, settings: dict, monkeypatch, **ids) -> torch.Tensor:
@@ -99,7 +105,8 @@ def test_penalties_bias_and_suppression_equal_those_of_transformers(settings, pr
 def test_frequency_and_presence_count_the_answer_and_not_the_prompt():
     scores = logits()
     adjusted = scores.clone()
-    sampler.adjust(adjusted, [choice([4, 5, 5], [7, 7, 8], frequency_penalty=0.5, presence_penalty=0.25)])
+    counted = choice([4, 5, 5], [7, 7, 8], frequency_penalty=0.5, presence_penalty=0.25)
+    sampler.adjust(adjusted, Adjustments.of([counted], VOCABULARY))
     change = torch.zeros(VOCABULARY)
     change[7], change[8] = -1.25, -0.75
     assert torch.equal(adjusted[0], scores[0] + change)

@@ -14,7 +14,7 @@ from kvrun.engine.images import Chunk, SequenceImages
 from kvrun.engine.looked import LookedImages, looked_at
 from kvrun.engine.sequence import Row, Sequence
 from kvrun.lora.table import AdapterTable, Run
-from kvrun.nn.batch import ForwardBatch, HostRows, MemoryRows, SlotRows
+from kvrun.nn.batch import Fed, ForwardBatch, HostRows, MemoryRows, SlotRows
 
 Work = tuple[Row, Sequence]
 
@@ -24,8 +24,8 @@ def by_adapter(work: Items[Work]) -> list[int]:
     return sorted(range(len(work)), key=lambda row: work[row][1].handle)
 
 
-def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> ForwardBatch:
-    """Lay the rows' tokens end to end, in the order given. At least one row."""
+def build(work: Items[Work], page_tokens: int, adapters: AdapterTable, sampled: torch.Tensor | None = None) -> ForwardBatch:
+    """Lay the rows' tokens end to end, in the order given. At least one row. sampled: ids that sequences await, on the device"""
     counts = np.fromiter((row.tokens for row, _ in work), np.int64, len(work))
     starts = np.fromiter((row.start for row, _ in work), np.int64, len(work))
     sequences = [sequence for _, sequence in work]
@@ -47,6 +47,7 @@ def build(work: Items[Work], page_tokens: int, adapters: AdapterTable) -> Forwar
         reach=reach,
         memory=_memory(sequences, counts) or _looked(work),
         recurrent=_recurrent(sequences, starts),
+        fed=_fed(sequences, begins, sampled),
         host=HostRows(places.query_start, places.contexts, places.page_table),
     )
 
@@ -118,6 +119,15 @@ def _looked(work: Items[Work]) -> MemoryRows | None:
 def _recurrent(sequences: Items[Sequence], starts: np.ndarray) -> SlotRows | None:
     slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
     return SlotRows(torch.tensor(slots, dtype=torch.int32), torch.from_numpy(starts == 0)) if slots else None
+
+
+def _fed(sequences: Items[Sequence], query_start: Items[int], sampled: torch.Tensor | None) -> Fed | None:
+    """The ids that sequences await. Each is its row's only token: all before it were computed when it was sampled."""
+    fed = [(begin, sequence.awaited) for begin, sequence in zip(query_start, sequences) if sequence.awaited is not None]
+    if not fed or sampled is None:
+        return None
+    tokens, rows = torch.tensor(fed, dtype=torch.int64).unbind(1)
+    return Fed(tokens.contiguous(), rows.contiguous(), sampled)
 
 
 def _long(sequences: Items[Sequence], counts: np.ndarray) -> torch.Tensor | None:

@@ -1,26 +1,32 @@
-"""One turn after another over a loaded model: release, admit, compute, choose. Every rank runs the same turns."""
+"""One turn after another over a loaded model: release, admit, compute, choose. Every rank runs the same turns.
+
+A turn may be launched while the one before is under way. Its layers then find on the device what was sampled, and the host learns
+it between them and the sampling, which so knows every id. The one before is waited for sooner by a row that follows drafts, for
+nobody knows where it starts, and by a row of a sequence with images that are still to be read or looked at. What cuts tokens off
+(top-k, top-p, min-p, typical-p) waits within sampling for its own step.
+"""
 
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import kvrun_kernels
-import numpy as np
 import torch
 from torch import Tensor
 
+from kvrun.device import Mark
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
 from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.pretended import largest, pretend
-from kvrun.engine.sampler import Choice, alternatives, sample
-from kvrun.engine.sampling import TokenLogprob
-from kvrun.engine.sequence import Outcome, Row, RowOutcome, Sequence, SequenceTable, Step
+from kvrun.engine.sampler import FAILED, Scored, judge, sample
+from kvrun.engine.sequence import Outcome, Row, Sequence, SequenceTable, Step
+from kvrun.engine.turn import Chosen, Told, Turn, choices, samples
 from kvrun.errors import ImageError, OutOfMemory, ProtocolError, is_out_of_memory
 from kvrun.lora.adapter import targets
 from kvrun.lora.fixed import usual_adapter
@@ -30,12 +36,8 @@ from kvrun.nn.recorded import Recordings
 from kvrun.state.pages import stored_name, stored_type
 from kvrun.state.pool import Pool
 
-# Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
-JUDGED_AT_ONCE = 64
+T = TypeVar("T")
 log = logging.getLogger("kvrun.engine")
-
-FAILED = -1  # in place of a sampled id
-NAN_LOGITS = "nan_logits: the model's scores for the next token are not finite numbers"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Engine:
         budget.pages(0, self.page_bytes, 0, 1, model.slot_bytes)
         self._limits = (0, 0)  # tokens and rows of one step
         self._number = 0
+        self._open: Turn | None = None  # launched last; the host may not know its outcome yet
 
     @property
     def page_bytes(self) -> int:
@@ -149,6 +152,7 @@ class Engine:
                 log.info("decoding steps are captured", extra={"fields": {"rows": self._recorded.sizes}})
         granted = self._budget.adapters(adapter_bytes)
         self.adapters.reset(granted)
+        self._open = None
         self._limits, self._number = (step_tokens, sequences), 0
         self._sequences = SequenceTable(
             vocabulary=self.model.vocabulary,
@@ -193,9 +197,17 @@ class Engine:
         log.info("measured what is wanted beside pages", extra={"fields": wanted})
         return sum(wanted.values())
 
-    @torch.inference_mode()
     def step(self, step: Step) -> Outcome:
-        """Run one turn. Raises ProtocolError when it breaks a rule, which every rank finds alike before it computes."""
+        """Run one turn to its end. Raises ProtocolError when it breaks a rule, which every rank finds alike before it computes."""
+        return self.launch(step).outcome()
+
+    @torch.inference_mode()
+    def launch(self, step: Step, tell: Callable[[], object] = lambda: None) -> Turn:
+        """Begin one turn, whose outcome is told later. Raises ProtocolError when it breaks a rule.
+
+        tell: called when the outcome of the turn before is to be taken, unless it was: where that is possible, when this one's
+        layers are under way, and before its tokens are chosen.
+        """
         if self._sequences is None or self._pool is None:
             raise ProtocolError("a step came before any pages were reserved")
         if step.number != self._number + 1:
@@ -204,29 +216,55 @@ class Engine:
         for number in step.release:
             self._sequences.release(number)
         begun = [self._sequences.admit(admit, self.adapters.get(admit.adapter)) for admit in step.admit]
-        work = self._accept(step.rows, begun)
-        began = time.perf_counter_ns()
+        if self._must_know(step.rows):
+            self._conclude(tell)
+        work = self._accept(step, begun)
+        began = self.model.device.mark()
         self._read(begun, self._pool)
         self._look(work)
-        live = [item for item in work if not item[1].error]
-        live = [live[index] for index in batches.by_adapter(live)]
-        outcomes = {sequence.number: RowOutcome(sequence.number, error=sequence.error) for _, sequence in work if sequence.error}
-        answered, sampling = self._answer(live)
-        outcomes |= answered
-        rows = [] if self._group.rank else [outcomes[row.sequence] for row in step.rows]
-        return Outcome(step.number, rows, (time.perf_counter_ns() - began - sampling) // 1000, sampling // 1000)
+        live = [item for item in work if not item[1].is_lost(step.number)]
+        lost = [sequence for _, sequence in work if sequence.is_lost(step.number)]
+        parts = self._compute([live[index] for index in batches.by_adapter(live)], began, tell)
+        self._open = turn = Turn(step, lost, parts, self._group.rank)
+        if turn.landed or len(parts) > 1:
+            turn.outcome()
+        return turn
 
-    def _answer(self, live: list[Work]) -> tuple[dict[int, RowOutcome], int]:
-        """Compute rows and choose their tokens, in two parts one after the other where memory is short; also ns of the choosing."""
-        assert self._pool is not None
-        pending = [sequence.pending_prompt for _, sequence in live]
+    def _must_know(self, rows: Items[Row]) -> bool:
+        """Whether rows cannot be laid out before the host knows what the turn before sampled, or take it long to lay out."""
+        assert self._sequences is not None
+        if self._open is None or self._open.over:
+            return False
+        drafted, images = self._open.drafted, [self._sequences.find(row).images for row in rows]
+        return any(row.sequence in drafted for row in rows) or any(found is not None and found.busy for found in images)
+
+    def _conclude(self, tell: Callable[[], object]) -> None:
+        """Have the turn before be over."""
+        if self._open is not None and not self._open.over:
+            tell()
+            self._open.outcome()
+
+    def _compute(self, live: list[Work], began: Mark, tell: Callable[[], object] = lambda: None) -> list[Chosen]:
+        """Compute rows and choose their tokens, in two parts one after the other where memory is short."""
+        model, pool = self.model, self._pool
+        assert pool is not None
+        passed = self._unless_short(live, lambda: [self._forward(live, pool, self._recorded) if live else None])
+        computed = model.device.mark()
+        self._conclude(tell)
+        # Taken out of the list, so that nothing holds the logits once choosing has failed.
+        told = None if passed is None else self._unless_short(live, lambda: self._choose(live, passed.pop()))
+        if told is None:
+            return [chosen for part in self._parts(live) for chosen in self._compute(part, model.device.mark())]
+        ids = told.sampled.ids if told.sampled else None
+        chosen = model.device.mark()
+        return [Chosen(live, ids, model.device.fetch(told), began, computed, chosen)]
+
+    def _unless_short(self, live: list[Work], run: Callable[[], T]) -> T | None:
+        """What `run` returns; None where memory was short for it and rows may be computed in parts."""
         try:
-            logits = self._forward(live, self._pool, self._recorded) if live else None
-            computed = time.perf_counter_ns()
-            return self._choose(live, logits), time.perf_counter_ns() - computed
+            return run()
         except Exception as error:
-            parts = self._parts(live)
-            if not parts or not is_out_of_memory(error):
+            if not self._parts(live) or not is_out_of_memory(error):
                 raise
             rows, tokens = len(live), sum(row.tokens for row, _ in live)
             log.warning(
@@ -234,12 +272,7 @@ class Engine:
             )
         # Only now nothing holds the tensors of what failed.
         self.model.device.reclaim()
-        for (_, sequence), prompt in zip(live, pending, strict=True):
-            sequence.pending_prompt = prompt
-        (first, before), (second, after) = (self._answer(part) for part in parts)
-        for number in first.keys() & second.keys():
-            second[number] = replace(second[number], prompt=[*first[number].prompt, *second[number].prompt])
-        return first | second, before + after
+        return None
 
     def _parts(self, live: list[Work]) -> list[list[Work]]:
         """Two halves of a step that may be computed again from its beginning, or none where there are none.
@@ -256,18 +289,20 @@ class Engine:
 
     def _forward(self, work: list[Work], pool: Pool, recorded: Recordings | None = None) -> Tensor | None:
         """The logits of rows, at least one; sequences that begin with a source have been read."""
-        return self.model.forward(batches.build(work, self.page_tokens, self.adapters), pool, recorded)
+        sampled = None if self._open is None else self._open.sampled
+        return self.model.forward(batches.build(work, self.page_tokens, self.adapters, sampled), pool, recorded)
 
-    def _accept(self, rows: Items[Row], begun: Items[Sequence]) -> list[Work]:
+    def _accept(self, step: Step, begun: Items[Sequence]) -> list[Work]:
         """Check a step's rows and sources against the limits, and rows against their sequences."""
         assert self._sequences is not None
+        rows = step.rows
         tokens = sum(row.tokens for row in rows) + sum(len(sequence.source.ids) for sequence in begun if sequence.source)
         most_tokens, most_rows = self._limits
         if tokens > most_tokens or len(rows) > most_rows:
             raise ProtocolError(f"a step has {tokens} tokens in {len(rows)} rows; {most_tokens} in {most_rows} were reserved")
         if len({row.sequence for row in rows}) < len(rows):
             raise ProtocolError("a step has two rows of one sequence")
-        return [(row, self._sequences.advance(row)) for row in rows]
+        return [(row, self._sequences.advance(row, step.number)) for row in rows]
 
     def _read(self, begun: Items[Sequence], pool: Pool) -> None:
         """Have the encoder read the sources of new sequences, all at once."""
@@ -279,50 +314,39 @@ class Engine:
         """Encode the images that rows show or look at first. One that cannot be shown fails its sequence and no other."""
         assert self._pool is not None
         for row, sequence in work:
-            if sequence.images is not None and not sequence.error:
+            if sequence.images is not None and not sequence.is_lost(self._number):
                 try:
                     for rows, slots in sequence.images.look(row.start, row.start + row.tokens, sequence.ids):
                         runs = [Run(0, len(rows), sequence.adapter)] if sequence.adapter else []
                         self.model.remember(rows, slots, self._pool, self.adapters.batch(runs))
                 except ImageError as error:
-                    sequence.error = f"bad_image: {error}"
+                    sequence.fail(f"bad_image: {error}", self._number)
 
-    def _choose(self, live: list[Work], logits: Tensor | None) -> dict[int, RowOutcome]:
-        """Sample on rank 0, tell every rank the ids, and take them into the sequences. Outcomes are full on rank 0 only."""
-        chosen: list[TokenLogprob | None] = []
-        prompts: dict[int, list[TokenLogprob]] = {}
-        if logits is not None:
-            prompts, sampled = self._judge(live, logits)
-            chosen = sample(sampled, [choice for row, sequence in live for choice in _choices(row, sequence)], self.model.vocabulary_limit)
-        picked = self._tell([FAILED if token is None else token.id for token in chosen], sum(_samples(row) for row, _ in live))
-        outcomes, at = {}, 0
+    def _choose(self, live: list[Work], logits: Tensor | None) -> Told:
+        """Sample on rank 0 and tell every rank the ids, all of it where the model lies."""
+        model, found, scored = self.model, None, None
+        if logits is not None and any(sequence.sampling.prompt_logprobs for _, sequence in live):
+            scored, logits = self._judge(live, logits)
+        asked = [choice for row, sequence in live for choice in choices(row, sequence)]
+        if asked:
+            if logits is not None:
+                found = sample(logits, asked, model.vocabulary_limit, model.device)
+            else:
+                found = Scored(torch.full((len(asked),), FAILED, dtype=torch.int64, device=model.device.place))
+            found = replace(found, ids=self._group.broadcast(found.ids))
+        return Told(found, scored)
+
+    def _judge(self, live: list[Work], logits: Tensor) -> tuple[Scored, Tensor]:
+        """Log-probabilities of the prompt tokens the rows computed, and the logits that are left to sample from."""
+        pieces, ids, sampled, at = [], [], [], 0
         for row, sequence in live:
-            end = at + _samples(row)
-            kept = _settle(row, sequence, picked[at:end])
-            tokens = [token for token in chosen[at : at + kept] if token is not None]
-            outcomes[sequence.number] = RowOutcome(sequence.number, tokens, prompts.get(sequence.number, ()), sequence.error)
-            at = end
-        return outcomes
-
-    def _tell(self, ids: list[int], count: int) -> list[int]:
-        """Rank 0's ids, on every rank."""
-        if self._group.world == 1 or count == 0:
-            return ids
-        return self._group.broadcast(torch.tensor(ids or [FAILED] * count, dtype=torch.int64)).tolist()
-
-    def _judge(self, live: list[Work], logits: Tensor) -> tuple[dict[int, list[TokenLogprob]], Tensor]:
-        """Log-probabilities of the prompt tokens the rows computed, by sequence, and the logits that are left to sample from."""
-        if not any(sequence.sampling.prompt_logprobs for _, sequence in live):
-            return {}, logits
-        prompts, sampled, at = {}, [], 0
-        for row, sequence in live:
-            count = judged(row, sequence)
-            if sequence.sampling.prompt_logprobs:
-                prompts[sequence.number] = _reported(row, sequence, logits[at : at + count])
+            count, first = judged(row, sequence), row.start + 1
+            pieces.append((logits[at : at + count], sequence.sampling.top_logprobs))
+            ids.append(sequence.ids[first : first + count])
             at += count
-            sampled.append(logits[at : at + _samples(row)])
-            at += _samples(row)
-        return prompts, torch.cat(sampled)
+            sampled.append(logits[at : at + samples(row)])
+            at += samples(row)
+        return judge(pieces, ids, self.model.device), torch.cat(sampled)
 
 
 def _cut(row: Row) -> list[Row]:
@@ -332,56 +356,3 @@ def _cut(row: Row) -> list[Row]:
         return []
     half = known // 2
     return [replace(row, tokens=half, sample=False, drafts=()), replace(row, start=row.start + half, tokens=row.tokens - half)]
-
-
-def _samples(row: Row) -> int:
-    """How many tokens a row samples: one after each draft and one after the last known token."""
-    return 1 + len(row.drafts) if row.sample else 0
-
-
-def _choices(row: Row, sequence: Sequence) -> list[Choice]:
-    """What the sampler must know for each token that the row samples: with drafts, as if those before it were accepted."""
-    if not row.sample:
-        return []
-    ids = sequence.ids
-    if not row.drafts:
-        return [Choice(sequence.sampling, ids, sequence.prompt_tokens)]
-    supposed = np.concatenate([ids, np.asarray(row.drafts, np.int64)])
-    return [Choice(sequence.sampling, supposed[: len(ids) + count], sequence.prompt_tokens) for count in range(len(row.drafts) + 1)]
-
-
-def _settle(row: Row, sequence: Sequence, picked: Items[int]) -> int:
-    """Take a row's sampled ids into its sequence; how many of them count.
-
-    A draft is accepted while it is what the sampler picked there anyway. Since a pick depends on position and ids alone,
-    the answer is the one that single steps would have given.
-    """
-    end = row.start + row.tokens - len(row.drafts)
-    accepted = 0
-    while accepted < len(row.drafts) and picked[accepted] == row.drafts[accepted]:
-        accepted += 1
-    kept = min(accepted + 1, len(picked))
-    sequence.computed = end + accepted
-    if sequence.images is not None:
-        sequence.images.forget(end)
-    if FAILED in picked[:kept]:
-        sequence.error = NAN_LOGITS
-        return 0
-    sequence.append(picked[:kept])
-    return kept
-
-
-def _reported(row: Row, sequence: Sequence, logits: Tensor) -> list[TokenLogprob]:
-    """The row's own prompt tokens with their log-probabilities; that of the token after it waits for the row that computes it."""
-    found = [sequence.pending_prompt] if sequence.pending_prompt else []
-    sequence.pending_prompt = None
-    for begin in range(0, len(logits), JUDGED_AT_ONCE):
-        logprobs = torch.log_softmax(logits[begin : begin + JUDGED_AT_ONCE], dim=-1)
-        first = row.start + 1 + begin
-        ids = torch.from_numpy(sequence.ids[first : first + len(logprobs)]).to(logits.device)
-        picked = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-        tops = alternatives(logprobs, [sequence.sampling.top_logprobs] * len(picked))
-        found += [TokenLogprob(token, logprob, top) for token, logprob, top in zip(ids.tolist(), picked, tops, strict=True)]
-    if len(logits) == row.tokens:
-        sequence.pending_prompt = found.pop()
-    return found

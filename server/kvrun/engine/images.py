@@ -63,6 +63,11 @@ class SequenceImages:
         """Whether an image's features see each other in both directions."""
         return self._sight is not None and self._sight.spec.together
 
+    @property
+    def busy(self) -> bool:
+        """Whether the next tokens may give the host images to read, or may need it to know every id before them."""
+        return bool(self._left)
+
     def look(self, start: int, stop: int, ids: np.ndarray) -> Items[tuple[Tensor, Tensor]]:
         """Encode what the tokens from `start` to `stop` show first; nothing of it goes to pages.
 

@@ -33,6 +33,8 @@ class LookedImages:
     An image takes whole pages of the memory.
     """
 
+    busy = True  # see SequenceImages: which text a token stands in, the ids before it say
+
     def __init__(self, images: Items[Image], sight: Sight, prompt_tokens: int, pages: Items[int], page_tokens: int) -> None:
         """Raises ProtocolError when images are out of order or of the prompt, or the pages do not hold them."""
         in_order(images, prompt_tokens)

@@ -2,24 +2,31 @@
 
 What a row gets depends on its own logits, ids, settings and position, bit for bit, never on the rows beside it: every
 reduction runs along one row in one order, and elementwise arithmetic uses only operations that IEEE 754 rounds exactly.
+
+What rows ask for is carried to the logits in one copy, and what was chosen stays where they lie: `Scored` is read when it has been
+fetched. Only draws that cut tokens off look at numbers in between, and wait for them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvrun.engine.sampling import Sampling, TokenLogprob, uniforms
+from kvrun.device import Device
+from kvrun.engine.sampling import MOST_ALTERNATIVES, Sampling, TokenLogprob, uniforms
 
 # Truncations look at this many of the likeliest tokens first; rows that keep more are sorted whole.
 CANDIDATES = 256
 # Below it every draw is the most likely token already, and the quotient may overflow.
 COLDEST = 1e-6
+# Prompt tokens judged in one go: a whole chunk of them over a large vocabulary would double the memory of its logits.
+JUDGED_AT_ONCE = 64
+
+FAILED = -1  # in place of a sampled id
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,92 +38,200 @@ class Choice:
     prompt_tokens: int  # how many of them are prompt
 
 
-def sample(logits: Tensor, choices: Sequence[Choice], limit: int) -> list[TokenLogprob | None]:
-    """The token chosen for each row, or None where a row's logits are not finite numbers.
+@dataclass(frozen=True)
+class Likeliest:
+    """The tokens that were likeliest in some places, in no order among equals."""
 
-    logits [rows, vocabulary] float32, changed in place · ids at or above `limit` are never chosen.
+    ids: Tensor  # [A, K] int64
+    logprobs: Tensor  # [A, K] float32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens and how likely each was."""
+
+    ids: Tensor  # [N] int64, FAILED where the logits are not finite numbers
+    logprobs: Tensor | None = None  # [N] float32; None on ranks that are told the ids only
+    top: Likeliest | None = None  # in those places where alternatives are asked for, in their order; None = nowhere
+
+    def tokens(self, alternatives: Sequence[int]) -> list[TokenLogprob | None]:
+        """The tokens, each with so many alternatives, of equal ones the lower id first; None for one that failed. Read by the host."""
+        assert self.logprobs is not None, "only rank 0 knows more of tokens than their ids"
+        tops: Iterable[tuple[list[int], list[float]]] = ()
+        if self.top is not None:
+            tops = zip(self.top.ids.tolist(), self.top.logprobs.tolist(), strict=True)
+        tops, found = iter(tops), list[TokenLogprob | None]()
+        for token, logprob, count in zip(self.ids.tolist(), self.logprobs.tolist(), alternatives, strict=True):
+            top: list[tuple[int, float]] = []
+            if count:
+                top = sorted(zip(*next(tops), strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
+            found.append(None if token == FAILED else TokenLogprob(token, logprob, top))
+        return found
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Numbers at some places of the logits."""
+
+    rows: Tensor  # [M] int64
+    ids: Tensor  # [M] int64
+    numbers: Tensor  # [M] float32
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """What changes logits before anything else, in this order."""
+
+    repeated: _Change | None  # repetition penalties
+    counted: _Change | None  # frequency and presence penalties, added as they are
+    biased: _Change | None  # added
+    suppressed: _Change | None  # minus infinity, added
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], limit: int) -> Adjustments:
+        """What these rows ask for below the id `limit`."""
+        repeated, counted, biased, suppressed = [], [], [], []
+        for row, choice in enumerate(choices):
+            s = choice.sampling
+            if not s.adjusts:
+                continue
+            answer = choice.ids[choice.prompt_tokens :]
+            if s.repetition_penalty != 1.0:
+                repeated.append((row, choice.ids, np.float32(s.repetition_penalty)))
+            if s.frequency_penalty or s.presence_penalty:
+                seen, counts = np.unique(answer, return_counts=True)
+                penalties = counts.astype(np.float32) * np.float32(s.frequency_penalty) + np.float32(s.presence_penalty)
+                counted.append((row, seen, -penalties))
+            if s.logit_bias:
+                keys = np.fromiter(s.logit_bias.keys(), np.int64, len(s.logit_bias))
+                biased.append((row, keys, np.fromiter(s.logit_bias.values(), np.float32, len(s.logit_bias))))
+            if len(answer) < s.suppressed_until:
+                suppressed.append((row, np.asarray(s.suppressed, np.int64), np.float32(-np.inf)))
+        return cls(*(_changed(entries, limit) for entries in (repeated, counted, biased, suppressed)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What rows ask for, as tensors."""
+
+    adjustments: Adjustments
+    drawn: Tensor  # [D] int64, rows that are not greedy
+    temperatures: Tensor  # [D] float32
+    where: Tensor  # [D] float64, where in its distribution each draw falls
+    cut: Tensor  # int64, those of the D that cut tokens off
+    alternatives: Tensor  # [A] int64, rows that ask for alternatives
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], limit: int) -> _Asked:
+        drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
+        settings = [choices[row].sampling for row in drawn]
+        seeds = np.array([s.seed for s in settings], dtype=np.uint64)
+        positions = np.array([len(choices[row].ids) for row in drawn], dtype=np.uint64)
+        return cls(
+            Adjustments.of(choices, limit),
+            drawn=_int64(drawn),
+            temperatures=torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32),
+            where=torch.from_numpy(uniforms(seeds, positions)) if drawn else torch.empty(0, dtype=torch.float64),
+            cut=_int64([row for row, s in enumerate(settings) if s.truncates]),
+            alternatives=_int64([row for row, choice in enumerate(choices) if choice.sampling.top_logprobs]),
+        )
+
+
+def sample(logits: Tensor, choices: Sequence[Choice], limit: int, device: Device) -> Scored:
+    """The token chosen for each row, at least one, where the logits lie.
+
+    logits [rows, vocabulary] float32, on `device`, changed in place · ids at or above `limit` are never chosen.
     """
-    if not choices:
-        return []
     logits = logits[:, :limit]
-    adjust(logits, choices)
+    asked = device.take(_Asked.of(choices, limit))
+    adjust(logits, asked.adjustments)
     logprobs = torch.log_softmax(logits, dim=-1)
     # From the logits: two different logits may round to one log-probability.
     ids = logits.argmax(dim=-1)
-    drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
-    # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
-    sound = (~logprobs[:, 0].isnan()).tolist() if drawn else []
-    drawn = [row for row in drawn if sound[row]]
+    drawn = [choice.sampling for choice in choices if not choice.sampling.greedy]
     if drawn:
         mixed = len(drawn) < len(choices)
-        ids[drawn] = draw(logits[drawn] if mixed else logits, [choices[row] for row in drawn])
-    picked = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    tops = alternatives(
-        logprobs, [0 if math.isnan(logprob) else c.sampling.top_logprobs for c, logprob in zip(choices, picked, strict=True)]
+        ids[asked.drawn] = draw(logits[asked.drawn] if mixed else logits, drawn, asked.temperatures, asked.where, asked.cut)
+    asking = logprobs if len(asked.alternatives) == len(logprobs) else logprobs[asked.alternatives]
+    # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
+    scored = _scored(logprobs, ids.clamp(min=0), asking)
+    return replace(scored, ids=torch.where(logprobs[:, 0].isnan(), FAILED, scored.ids))
+
+
+def judge(pieces: Sequence[tuple[Tensor, int]], ids: Sequence[np.ndarray], device: Device) -> Scored:
+    """How likely tokens that are known were.
+
+    pieces: of each row its logits [n, vocabulary] and how many alternatives it asks for · ids: of each row the n tokens, int64
+    """
+    found, begin = list[Scored](), 0
+    known = device.take(_Known(torch.from_numpy(np.concatenate([*ids, np.empty(0, np.int64)])))).ids
+    for logits, alternatives in pieces:
+        for some in logits.split(JUDGED_AT_ONCE) if len(logits) else ():
+            end = begin + len(some)
+            logprobs = torch.log_softmax(some, dim=-1)
+            found.append(_scored(logprobs, known[begin:end], logprobs if alternatives else logprobs[:0]))
+            begin = end
+    tops = [scored.top for scored in found if scored.top is not None]
+    return Scored(
+        torch.cat([known[:0], *(scored.ids for scored in found)]),
+        torch.cat([known[:0].float(), *(scored.logprobs for scored in found if scored.logprobs is not None)]),
+        Likeliest(torch.cat([top.ids for top in tops]), torch.cat([top.logprobs for top in tops])) if tops else None,
     )
-    rows = zip(ids.tolist(), picked, tops, strict=True)
-    return [None if math.isnan(logprob) else TokenLogprob(token, logprob, top) for token, logprob, top in rows]
 
 
-def adjust(logits: Tensor, choices: Sequence[Choice]) -> None:
-    """Apply, in this order and in place, repetition, frequency and presence penalties, bias and suppression."""
-    rows = [(row, choice) for row, choice in enumerate(choices) if choice.sampling.adjusts]
-    if not rows:
-        return
-    limit = logits.shape[1]
-    repeated, counted, biased, suppressed = [], [], [], []
-    for row, choice in rows:
-        s = choice.sampling
-        answer = choice.ids[choice.prompt_tokens :]
-        if s.repetition_penalty != 1.0:
-            repeated.append((row, choice.ids, np.float32(s.repetition_penalty)))
-        if s.frequency_penalty or s.presence_penalty:
-            seen, counts = np.unique(answer, return_counts=True)
-            penalties = counts.astype(np.float32) * np.float32(s.frequency_penalty) + np.float32(s.presence_penalty)
-            counted.append((row, seen, -penalties))
-        if s.logit_bias:
-            keys = np.fromiter(s.logit_bias.keys(), np.int64, len(s.logit_bias))
-            biased.append((row, keys, np.fromiter(s.logit_bias.values(), np.float32, len(s.logit_bias))))
-        if len(answer) < s.suppressed_until:
-            suppressed.append((row, np.asarray(s.suppressed, np.int64), np.float32(-np.inf)))
-    if repeated:
-        at, penalty = _scattered(repeated, limit, logits.device)
-        found = logits[at]
-        logits[at] = torch.where(found < 0, found * penalty, found / penalty)
-    for entries in (counted, biased, suppressed):
-        if entries:
-            at, delta = _scattered(entries, limit, logits.device)
-            logits[at] = logits[at] + delta
+@dataclass(frozen=True)
+class _Known:
+    ids: Tensor
 
 
-def _scattered(
-    entries: list[tuple[int, np.ndarray, np.ndarray | np.float32]], limit: int, place: torch.device
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Lay (row, ids, values) entries end to end as an index into the logits and the values there, without ids past the limit."""
+def _scored(logprobs: Tensor, ids: Tensor, asking: Tensor) -> Scored:
+    """Look up tokens, and what was likeliest in the rows that ask. logprobs [N, vocabulary], ids [N], asking [A, vocabulary]"""
+    picked = logprobs.gather(1, ids[:, None])[:, 0]
+    if not len(asking):
+        return Scored(ids, picked)
+    # As many for every row: which of equal ones are among them shall not depend on what others ask for.
+    values, top = torch.topk(asking, min(MOST_ALTERNATIVES, asking.shape[1]))
+    return Scored(ids, picked, Likeliest(top, values))
+
+
+def adjust(logits: Tensor, adjustments: Adjustments) -> None:
+    """Apply adjustments in place."""
+    if (change := adjustments.repeated) is not None:
+        found = logits[change.rows, change.ids]
+        logits[change.rows, change.ids] = torch.where(found < 0, found * change.numbers, found / change.numbers)
+    for change in (adjustments.counted, adjustments.biased, adjustments.suppressed):
+        if change is not None:
+            logits[change.rows, change.ids] = logits[change.rows, change.ids] + change.numbers
+
+
+def _changed(entries: list[tuple[int, np.ndarray, np.ndarray | np.float32]], limit: int) -> _Change | None:
+    """Lay (row, ids, numbers) entries end to end, without ids past the limit; None for none."""
+    if not entries:
+        return None
     rows = np.concatenate([np.full(len(ids), row) for row, ids, _ in entries])
     ids = np.concatenate([ids for _, ids, _ in entries])
-    values = np.concatenate([np.broadcast_to(values, len(ids)) for _, ids, values in entries])
+    numbers = np.concatenate([np.broadcast_to(numbers, len(ids)) for _, ids, numbers in entries])
     inside = ids < limit
-    return (_on(rows[inside], place), _on(ids[inside], place)), _on(values[inside], place)
+    return _Change(*(torch.from_numpy(array[inside]) for array in (rows, ids, numbers)))
 
 
-def _on(numbers: np.ndarray, place: torch.device) -> Tensor:
-    return torch.from_numpy(numbers).to(place)
+def _int64(rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
 
 
-def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Draw one id per row from its tempered and truncated distribution. logits [rows, vocabulary] -> [rows] int64"""
-    settings = [choice.sampling for choice in choices]
-    temperatures = torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32, device=logits.device)
+def draw(logits: Tensor, settings: Sequence[Sampling], temperatures: Tensor, where: Tensor, cut: Tensor) -> Tensor:
+    """Draw one id per row from its tempered and truncated distribution. logits [rows, vocabulary] -> [rows] int64
+
+    temperatures [rows] float32 · where [rows] float64 in [0, 1) · cut int64: the rows that truncate. Others alone make nobody
+    wait. A row that is not finite gets any id, or -1.
+    """
     probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
-    seeds = np.array([s.seed for s in settings], dtype=np.uint64)
-    positions = np.array([len(choice.ids) for choice in choices], dtype=np.uint64)
-    where = _on(uniforms(seeds, positions), logits.device)
-    ids = torch.full((len(choices),), -1, dtype=torch.int64, device=logits.device)
-    cut = [row for row, s in enumerate(settings) if s.truncates]
-    if cut:
-        ids[cut] = _draw_near(probabilities[cut], [settings[row] for row in cut], where[cut])
-    for row in (ids < 0).nonzero()[:, 0].tolist():
+    ids = torch.full((len(settings),), -1, dtype=torch.int64, device=logits.device)
+    wide = list(range(len(settings)))
+    if len(cut):
+        ids[cut] = _draw_near(probabilities[cut], [s for s in settings if s.truncates], where[cut])
+        wide = ((ids < 0) & probabilities[:, 0].isfinite()).nonzero()[:, 0].tolist()
+    for row in wide:
         ids[row] = _draw_wide(probabilities[row], settings[row], where[row : row + 1])
     return ids
 
@@ -148,7 +263,7 @@ def _candidates(probabilities: Tensor, s: Sampling) -> Tensor:
         # Tokens below this share each hold, all together, less than what top-p cuts off. Half of it, for rounding.
         floor = max(0.5 * (1.0 - s.top_p) / len(probabilities), 0.5 * s.min_p * float(probabilities.max()))
     kept = probabilities.cpu().numpy()
-    return _on(np.sort(kept[kept >= floor])[::-1].copy(), probabilities.device)
+    return torch.from_numpy(np.sort(kept[kept >= floor])[::-1].copy()).to(probabilities.device)
 
 
 def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> tuple[Tensor, Tensor]:
@@ -178,7 +293,8 @@ def bounds(likeliest: Tensor, settings: Sequence[Sampling], *, whole: bool) -> t
     if not whole:
         low[likeliest[:, -1] >= low] = torch.inf
     for row, s in enumerate(settings):
-        if s.typical_p < 1.0 and torch.isfinite(low[row]):
+        # The greatest is not finite where logits are not.
+        if s.typical_p < 1.0 and torch.isfinite(low[row]) and torch.isfinite(high[row]):
             low[row], high[row] = _typical(likeliest[row], low[row], s.typical_p)
     return low, high
 
@@ -210,14 +326,3 @@ def invert(weights: Tensor, where: Tensor) -> Tensor:
     # Rounding may carry the product up to the total itself, which no running sum passes.
     target = torch.minimum(where * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, target[:, None], right=True)[:, 0].clamp(max=weights.shape[1] - 1)
-
-
-def alternatives(logprobs: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
-    """The `counts[row]` most likely ids of each row with their log-probabilities; the lower id first where two are equal."""
-    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
-    for count in {c for c in counts if c}:
-        rows = [row for row, c in enumerate(counts) if c == count]
-        values, ids = torch.topk(logprobs[rows], min(count, logprobs.shape[1]))
-        for row, top in zip(rows, zip(ids.tolist(), values.tolist(), strict=True), strict=True):
-            tops[row] = sorted(zip(*top, strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return tops

@@ -112,11 +112,13 @@ class Sequence:
         "_ids",
         "_pages",
         "adapter",
+        "awaited",
         "computed",
         "error",
         "handle",
         "images",
         "long",
+        "lost",
         "number",
         "pending_prompt",
         "prompt_tokens",
@@ -137,6 +139,9 @@ class Sequence:
         self.slot: int | None = None  # of a model that carries a state along
         self.computed: int | None = None  # None until the first row says how much its pages hold already
         self.error = ""  # once set, every later row of this sequence fails with it
+        self.lost: int | None = None  # the first step that does not compute its rows any more
+        # Where, among the ids that the step before samples, this sequence's last id is, while the host does not know it.
+        self.awaited: int | None = None
         # The prompt token after the last chunk, judged by that chunk's logits, reported with the row that computes it.
         self.pending_prompt: TokenLogprob | None = None
         self._ids = _Growing(admit.tokens, np.int64)
@@ -155,6 +160,24 @@ class Sequence:
     def append(self, ids: Items[int]) -> None:
         """Take sampled ids into the answer."""
         self._ids.extend(ids)
+
+    def expect(self, at: int) -> None:
+        """Take an id into the answer that only the device knows, as number `at` of its step; 0 stands for it until `learn`."""
+        self._ids.extend([0])
+        self.awaited = at
+
+    def learn(self, token: int) -> None:
+        """Say what the expected id is."""
+        self.ids[-1] = token
+        self.awaited = None
+
+    def fail(self, error: str, lost: int) -> None:
+        """Have every later row fail, and none be computed from step `lost` on. Every rank must name the same step."""
+        self.error, self.lost = error, lost
+
+    def is_lost(self, step: int) -> bool:
+        """Whether a step computes none of its rows."""
+        return self.lost is not None and step >= self.lost
 
     def append_pages(self, pages: Items[int]) -> None:
         """Grow the page table."""
@@ -236,12 +259,17 @@ class SequenceTable:
             raise ProtocolError(f"it begins with token {admit.tokens[0]}; answers of this model begin with {self._start}")
         return Source.of(admit.memory_tokens, admit.memory_pages, self._vocabulary, self._pages, self._page_tokens)
 
-    def advance(self, row: Row) -> Sequence:
-        """Check one row against its sequence, give it its pages, and return the sequence. Raises ProtocolError."""
+    def find(self, row: Row) -> Sequence:
+        """The sequence of a row. Raises ProtocolError."""
         sequence = self._sequences.get(row.sequence)
         if sequence is None:
             raise ProtocolError(f"row of sequence {row.sequence}: it was never admitted, or was released")
-        if sequence.error:
+        return sequence
+
+    def advance(self, row: Row, step: int) -> Sequence:
+        """Check one row of a step against its sequence, give it its pages, and return the sequence. Raises ProtocolError."""
+        sequence = self.find(row)
+        if sequence.is_lost(step):
             return sequence
         if sequence.computed is None:
             if row.start and self._recurrent:

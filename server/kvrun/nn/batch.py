@@ -40,6 +40,19 @@ class Splice:
 
 
 @dataclass(frozen=True)
+class Fed:
+    """Ids that a step before sampled and the host does not know yet, and whose tokens of this step they are."""
+
+    tokens: Tensor  # [K] int64, indices into T
+    rows: Tensor  # [K] int64, indices into `sampled`
+    sampled: Tensor  # [S] int64, where the model lies; below 0 where nothing could be sampled
+
+    def into(self, ids: Tensor) -> Tensor:
+        """The ids of all tokens, [T], with these in their places. What could not be sampled is 0: its row has failed already."""
+        return ids.index_copy(0, self.tokens, self.sampled[self.rows].clamp(min=0))
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """One step's tokens, laid end to end: row n is tokens `query_start[n]` to `query_start[n + 1]`.
 
@@ -59,4 +72,5 @@ class ForwardBatch:
     memory: MemoryRows | None = None  # of a model that reads a source
     recurrent: SlotRows | None = None  # of a model that carries a state along
     splice: Splice | None = None  # of tokens that stand for images
+    fed: Fed | None = None  # of tokens whose id the device alone knows; `ids` has a 0 there
     host: HostRows | None = None  # query_start, contexts and page_table where they were made; None = nobody kept them

@@ -46,7 +46,7 @@ class Decoder:
 
     def enter(self, batch: ForwardBatch, step: ForwardStep) -> Tensor:
         """What the first residual is given: [T, hidden]"""
-        x = self.embed(batch.ids, step)
+        x = self.embed(batch.ids if batch.fed is None else batch.fed.into(batch.ids), step)
         if batch.splice is not None:
             x[batch.splice.tokens] = batch.splice.rows
         return x.float() if self.wide else x

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Batches of the base model whose recordings are kept: of so many different numbers of rows.
 KEPT = 64
 # What a step may bring along for its layers; whatever else a batch has is made for one step alone.
-ALIKE = {"ids", "positions", "query_start", "contexts", "page_table", "slots", "wanted", "lora", "host"}
+ALIKE = {"ids", "positions", "query_start", "contexts", "page_table", "slots", "wanted", "lora", "fed", "host"}
 
 
 class Recordings(Protocol):
