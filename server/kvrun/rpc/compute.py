@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ class ComputeThread:
 
     def __init__(self) -> None:
         self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="landing")  # starts with the first that waits
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     def post(self, work: Callable[[], None]) -> None:
@@ -36,6 +38,19 @@ class ComputeThread:
 
         self.post(run)
         return answer
+
+    def after(self, wait: Callable[[], None], work: Callable[[], None]) -> None:
+        """Run `work`, which must not raise, once `wait` has returned on another thread; this one goes on meanwhile.
+
+        `work` is run all the same where `wait` raises: it meets what was waited for, and the error with it.
+        """
+
+        def waited() -> None:
+            with suppress(Exception):
+                wait()
+            self.post(work)
+
+        self._waiting.submit(waited)
 
     def _run(self) -> None:
         while True:

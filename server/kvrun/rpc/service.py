@@ -1,4 +1,8 @@
-"""The calls of the wire, each a few lines over the engine. Steps and reservations run on the compute thread, adapters load beside it."""
+"""The calls of the wire, each a few lines over the engine. Steps and reservations run on the compute thread, adapters load beside it.
+
+On a device that computes while the host goes on, a step that is here is launched before the outcome of the one before is taken, which
+happens as soon as that has landed or the next one's layers are under way.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from grpclib.server import Stream
 
     from kvrun.engine.engine import Engine, Grant
+    from kvrun.engine.turn import Turn
 
 log = logging.getLogger("kvrun.rpc")
 
@@ -64,6 +69,16 @@ class Steps:
         return answer
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step whose outcome is not answered yet."""
+
+    turn: Turn
+    steps: Steps
+    number: int
+    arrived: int  # ns
+
+
 class ModelShard(ModelShardBase):
     """The service. Before `attach` every call is refused as UNAVAILABLE."""
 
@@ -74,6 +89,7 @@ class ModelShard(ModelShardBase):
         self._engine: Engine | None = None
         self._epoch = 0
         self._steps: Steps | None = None
+        self._launched: Launched | None = None  # the last step, while it is not answered
         self._loads = ThreadPoolExecutor(LOADS, thread_name_prefix="adapter")
 
     def attach(self, engine: Engine) -> None:
@@ -112,7 +128,7 @@ class ModelShard(ModelShardBase):
             raise _failure(error) from error
         finally:
             reading.cancel()
-            self._compute.post(partial(steps.end, None))  # the caller may be gone: what it had sent is of no use
+            self._compute.post(partial(self._end, steps))  # the caller may be gone: what it had sent is of no use
 
     async def LoadAdapter(self, stream: Stream[pb.LoadAdapterRequest, pb.LoadedAdapter]) -> None:
         """Read an adapter beside running steps."""
@@ -165,7 +181,7 @@ class ModelShard(ModelShardBase):
             raise StaleEpoch(f"epoch {request.epoch} was asked for; this shard has seen {self._epoch} and takes only newer ones")
         if self._steps is not None:
             self._steps.end(StaleEpoch(f"epoch {request.epoch} began"))
-            self._steps = None
+            self._steps = self._launched = None
         self._epoch = request.epoch
         return engine.reserve(request.pages, request.step_tokens, request.sequences, request.adapter_bytes)
 
@@ -173,10 +189,10 @@ class ModelShard(ModelShardBase):
         """Queue each step as it comes, so that the next one is here when the last is done."""
         async for message in stream:
             self._compute.post(partial(self._answer, engine, steps, message, time.perf_counter_ns()))
-        self._compute.post(partial(steps.end, None))
+        self._compute.post(partial(self._end, steps))
 
     def _answer(self, engine: Engine, steps: Steps, message: pb.Step, arrived: int) -> None:
-        """On the compute thread: run a step and answer it, or end the stream with what went wrong."""
+        """On the compute thread: launch a step, answer the one before, or end the stream with what went wrong."""
         if steps.ended:
             return
         try:
@@ -185,15 +201,47 @@ class ModelShard(ModelShardBase):
                 if self._steps is not None:
                     raise ProtocolError(f"epoch {message.epoch} has a step stream already")
                 self._steps = steps
-            outcome = engine.step(convert.to_step(message))
+            try:
+                turn = engine.launch(convert.to_step(message), self._tell)
+            finally:
+                self._tell()  # of a step that was refused or failed, the one before is answered all the same
         except Exception as error:
-            steps.end(error)
-            if not isinstance(error, KvrunError):
-                log.exception("step failed", extra={"fields": {"epoch": message.epoch, "step": message.number}})
-                if self._identity.world > 1:
-                    self._broken()  # other ranks may wait in a collective that this one left
+            self._fail(steps, message.number, error)
             return
-        steps.answer(convert.from_outcome(message.epoch, outcome, (time.perf_counter_ns() - arrived) // 1000))
+        self._launched = launched = Launched(turn, steps, message.number, arrived)
+        if turn.landed:
+            self._land(launched)
+        else:
+            self._compute.after(turn.wait, partial(self._land, launched))
+
+    def _land(self, launched: Launched) -> None:
+        """On the compute thread: answer a step that has landed, unless it was answered or is not asked for any more."""
+        if self._launched is launched:
+            try:
+                self._tell()
+            except Exception as error:
+                self._fail(launched.steps, launched.number, error)
+
+    def _tell(self) -> None:
+        """On the compute thread: answer the last step that was launched, when it is done, unless it was answered."""
+        launched, self._launched = self._launched, None
+        if launched is not None and not launched.steps.ended:
+            outcome = launched.turn.outcome()
+            launched.steps.answer(convert.from_outcome(self._epoch, outcome, (time.perf_counter_ns() - launched.arrived) // 1000))
+
+    def _end(self, steps: Steps) -> None:
+        """On the compute thread: end a stream of which no further step comes."""
+        if self._launched is not None and self._launched.steps is steps:
+            self._land(self._launched)
+        steps.end(None)
+
+    def _fail(self, steps: Steps, number: int, error: Exception) -> None:
+        """On the compute thread: end a stream with an error, and the process where others may wait for it."""
+        steps.end(error)
+        if not isinstance(error, KvrunError):
+            log.error("step failed", exc_info=error, extra={"fields": {"epoch": self._epoch, "step": number}})
+            if self._identity.world > 1:
+                self._broken()  # other ranks may wait in a collective that this one left
 
     def _ready(self) -> Engine:
         if self._engine is None:
