@@ -188,6 +188,7 @@ pub fn router(site: Site<'_>, http: RawFd, control: RawFd) -> Invocation {
             args.flag(flag, size.to_string());
         }
     }
+    args.flag("--overlap", limits.overlap.name());
     args.flag("--payload-limit", limits.payload_limit.to_string());
     if limits.share_prefix_cache {
         args.word("--share-prefix-cache");

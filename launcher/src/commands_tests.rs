@@ -104,6 +104,18 @@ fn the_router_learns_where_adapters_come_from() {
 }
 
 #[test]
+fn the_router_learns_whether_steps_overlap() {
+    for (flags, told) in [
+        (&[][..], " --overlap auto "),
+        (&["--overlap=on"], " --overlap on "),
+        (&["--overlap=off"], " --overlap off "),
+    ] {
+        let [_, router] = whole(flags, &[]);
+        assert!(line(&router).contains(told));
+    }
+}
+
+#[test]
 fn threads_of_a_shard_do_not_spin_unless_the_operator_says_so() {
     let policy = |variables: &[(&str, &str)]| {
         let [shard, _] = whole(&[], variables);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use kvrun_fake_shard::{Fault, Mark};
-use kvrun_router::engine::Control;
+use kvrun_router::engine::{Control, Overlap};
 use kvrun_router::request::{Failure, Refusal, ValidRequest};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -38,11 +38,13 @@ async fn assert_all_right(bench: &Bench, jobs: &[(ValidRequest, Option<&'static 
 /// Streams, wave after wave, while `disturb` is called at random moments, `times` times at least.
 async fn streams_survive(
     ranks: u32,
+    overlap: Overlap,
     times: usize,
     disturb: impl Fn(&mut Bench, &mut StdRng) + Send + 'static,
 ) {
     let mut bench = start(|setup| {
         setup.ranks = ranks;
+        setup.overlap(overlap);
         setup.adapters = vec!["a", "b"];
     })
     .await;
@@ -90,43 +92,66 @@ fn kills() -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_survive_kills_at_random_moments() {
-    streams_survive(1, kills(), |bench, _| bench.restart_shards()).await;
+    streams_survive(1, Overlap::Off, kills(), |bench, _| bench.restart_shards()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_survive_kills_with_two_steps_in_flight() {
+    streams_survive(1, Overlap::On, kills(), |bench, _| bench.restart_shards()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_survive_the_death_of_either_rank() {
-    streams_survive(2, kills() / 2, |bench, rng| {
-        bench.shards[rng.random_range(0..2)].kill();
-        bench.restart_shards();
-    })
-    .await;
+    for overlap in [Overlap::Off, Overlap::On] {
+        streams_survive(2, overlap, kills() / 2, |bench, rng| {
+            bench.shards[rng.random_range(0..2)].kill();
+            bench.restart_shards();
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_survive_steps_that_find_no_memory() {
-    streams_survive(1, 10, |bench, _| {
-        bench.shards[0].faults().after_steps(1, Fault::OutOfMemory);
-    })
-    .await;
+    for overlap in [Overlap::Off, Overlap::On] {
+        streams_survive(1, overlap, 10, |bench, _| {
+            bench.shards[0].faults().after_steps(1, Fault::OutOfMemory);
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_and_stale_replies_change_nothing() {
-    streams_survive(2, 10, |bench, rng| {
-        let fault = if rng.random() {
-            Fault::DuplicateReply
-        } else {
-            Fault::StaleReply
-        };
-        let rank = rng.random_range(0..2);
-        bench.shards[rank].faults().after_steps(1, fault);
+    for overlap in [Overlap::Off, Overlap::On] {
+        streams_survive(2, overlap, 10, |bench, rng| {
+            let fault = if rng.random() {
+                Fault::DuplicateReply
+            } else {
+                Fault::StaleReply
+            };
+            let rank = rng.random_range(0..2);
+            bench.shards[rank].faults().after_steps(1, fault);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_reply_ends_the_epoch_when_the_next_one_comes() {
+    streams_survive(1, Overlap::On, 4, |bench, _| {
+        bench.shards[0].faults().after_steps(1, Fault::DropReply);
     })
     .await;
 }
 
 /// Acts as the launcher: restarts the group whenever the engine says that it hangs.
-async fn recovers_from_silence(fault: Fault) {
-    let mut bench = start(|setup| setup.adapters = vec!["a", "b"]).await;
+async fn recovers_from_silence(overlap: Overlap, fault: Fault) {
+    let mut bench = start(|setup| {
+        setup.overlap(overlap);
+        setup.adapters = vec!["a", "b"];
+    })
+    .await;
     let jobs = jobs(&bench, 8);
     // The watchdog judges by what steps took, so it has to have seen some.
     ask(&bench.engine, request(50, 5, 5)).await;
@@ -155,18 +180,33 @@ async fn recovers_from_silence(fault: Fault) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hung_shard_is_reported_and_its_streams_go_on() {
-    recovers_from_silence(Fault::Hang).await;
+    recovers_from_silence(Overlap::Off, Fault::Hang).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silence_is_that_of_the_oldest_step() {
+    recovers_from_silence(Overlap::On, Fault::Hang).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_reply_is_a_hang_too() {
-    recovers_from_silence(Fault::DropReply).await;
+    recovers_from_silence(Overlap::Off, Fault::DropReply).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_poisonous_request_is_given_up_and_the_others_go_on() {
+    for overlap in [Overlap::Off, Overlap::On] {
+        the_poisonous_is_given_up(overlap).await;
+    }
+}
+
+async fn the_poisonous_is_given_up(overlap: Overlap) {
     const POISON: u32 = 31_998;
-    let mut bench = start(|setup| setup.adapters = vec!["a", "b"]).await;
+    let mut bench = start(|setup| {
+        setup.overlap(overlap);
+        setup.adapters = vec!["a", "b"];
+    })
+    .await;
     bench.shards[0].faults().mark(POISON, Mark::Poison);
     let good = jobs(&bench, 6);
     let mut poison = request(99, 20, 20);

@@ -2,6 +2,8 @@
 
 use clap::Args;
 
+use super::Overlap;
+
 /// Bounds of requests and of the batch. Those left out are sized by the plan.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Limits")]
@@ -69,6 +71,10 @@ pub struct Limits {
     /// Tokens of a sequence that one step computes on a guess, looked up in its own text; answers stay the same
     #[arg(long, env, alias = "speculative-tokens")]
     pub speculate: Option<u32>,
+
+    /// Plan and send the next step while the model computes one; `auto` does where it does not compute on the CPU
+    #[arg(long, env, value_enum, default_value_t = Overlap::Auto)]
+    pub overlap: Overlap,
 
     /// Most sequences in one step [default: chosen by the router]
     #[arg(long, env, value_parser = clap::value_parser!(u32).range(1..))]

@@ -17,7 +17,7 @@ pub use limits::Limits;
 pub use lorax::Lorax;
 pub use model::{
     ActivationDtype, AdapterSource, Attention, Device, Dtype, GraphSizes, KvCacheDtype, Model,
-    Quantize, Sharding,
+    Overlap, Quantize, Sharding,
 };
 pub use network::Network;
 pub use operation::Operation;

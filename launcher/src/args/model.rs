@@ -176,6 +176,15 @@ pub enum Attention {
     Native,
 }
 
+/// Whether the next step is planned and sent while the model computes one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Overlap {
+    /// Where the model does not compute on the CPU.
+    Auto,
+    On,
+    Off,
+}
+
 /// Where adapters come from that are not loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum AdapterSource {
@@ -258,5 +267,6 @@ named_as_on_the_command_line!(
     Dtype,
     KvCacheDtype,
     ActivationDtype,
+    Overlap,
     Quantize
 );

@@ -31,6 +31,17 @@ pub struct Setup {
     pub adapters: Vec<&'static str>,
 }
 
+impl Setup {
+    /// Has steps overlap, or not; the shards watch how many lie there.
+    pub fn overlap(&mut self, overlap: Overlap) {
+        self.engine.overlap = overlap;
+        self.shard.in_flight = match overlap {
+            Overlap::On => 2,
+            _ => 1,
+        };
+    }
+}
+
 /// Starts shards and an engine and waits until it serves.
 pub async fn start(change: impl FnOnce(&mut Setup)) -> Bench {
     let home = tempfile::tempdir().unwrap();
