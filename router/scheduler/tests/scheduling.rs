@@ -1,111 +1,12 @@
 //! What a step holds and who is in it, over a shard that always answers 7.
 #![allow(clippy::unwrap_used)]
 
-use kvrun_scheduler::{
-    Acceptance, AdapterOrder, Config, Failure, Grant, Model, Refusal, Reply, Request, RowReply,
-    Scheduler, Step, Time, What,
-};
+mod toy;
+
+use kvrun_scheduler::{AdapterOrder, Config, Failure, Refusal, Scheduler, Time, What};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Instant;
-
-struct Toy {
-    scheduler: Scheduler,
-    now: Time,
-    epoch: u64,
-    step_tokens: u32,
-}
-
-impl Toy {
-    fn new(pages: u32, step_tokens: u32, step_rows: u32) -> Self {
-        let scheduler = Scheduler::new(Config {
-            step_rows,
-            max_tokens: u32::MAX,
-            queue_requests: 10_000,
-            queue_tokens: u64::MAX,
-            share_prefixes: false,
-            speculate: 0,
-        });
-        let mut toy = Self {
-            scheduler,
-            now: Time::ZERO,
-            epoch: 0,
-            step_tokens,
-        };
-        toy.begin(pages);
-        toy
-    }
-
-    fn begin(&mut self, pages: u32) {
-        self.epoch += 1;
-        let grant = Grant {
-            epoch: self.epoch,
-            pages,
-            step_tokens: self.step_tokens,
-            adapter_bytes: 100,
-            model: Model {
-                digest: "m".to_owned(),
-                page_tokens: 16,
-                vocabulary: 100,
-                long_after: 1000,
-                ..Model::default()
-            },
-        };
-        self.scheduler.begin_epoch(self.now, grant);
-    }
-
-    fn ask(&mut self, tenant: &str, prompt: u32, answer: u32) -> u64 {
-        let mut request = request(tenant, prompt, answer);
-        request.fingerprint = tenant.bytes().map(u64::from).sum();
-        self.scheduler.submit(self.now, request).unwrap()
-    }
-
-    fn plan(&mut self) -> Option<Step> {
-        self.scheduler.plan(self.now)
-    }
-
-    fn answer(&mut self, step: &Step) {
-        self.now += Time::from_millis(10);
-        let rows = step.rows.iter().map(|row| RowReply {
-            sequence: row.sequence,
-            tokens: if row.sample { vec![7] } else { vec![] },
-            error: None,
-        });
-        let reply = Reply {
-            epoch: step.epoch,
-            number: step.number,
-            rows: rows.collect(),
-        };
-        assert_eq!(
-            self.scheduler.commit(self.now, &reply),
-            Ok(Acceptance::Committed)
-        );
-        self.scheduler.audit().unwrap();
-    }
-
-    fn turn(&mut self) -> Step {
-        let step = self.plan().expect("work");
-        self.answer(&step);
-        step
-    }
-}
-
-fn request(tenant: &str, prompt: u32, answer: u32) -> Request {
-    Request {
-        prompt: (0..prompt).collect(),
-        max_new_tokens: answer,
-        tenant: Arc::from(tenant),
-        reuse_prefix: true,
-        ..Request::default()
-    }
-}
-
-fn sizes(step: &Step) -> Vec<(u64, u32)> {
-    step.rows
-        .iter()
-        .map(|row| (row.sequence, row.tokens))
-        .collect()
-}
+use toy::{Toy, request, sizes};
 
 #[test]
 fn running_rows_come_first_and_prompts_share_what_is_left() {
