@@ -11,6 +11,7 @@ import math
 from types import SimpleNamespace
 
 import graphs
+import streams
 import torch
 from elsewhere import Elsewhere
 from torch.utils._pytree import tree_map_only
@@ -157,8 +158,18 @@ class _Rows:
     def __init__(self, workspace, layout, graph):
         assert layout in ("NHD", "HND") and workspace.data_ptr() % 16 == 0
         self.place, self.layout, self.graph = workspace.device, layout, graph
+        self._copied = streams.Event()
 
     def keep(self, *given):
+        """A plan, which leaves pinned memory of the wrapper's by a copy that nobody waits for."""
+        assert self._copied.query(), "the last plan is still in pinned memory"
+        waits = list(streams.WAITS)
+        self._keep(*given)
+        # Of what lies on the host, only pages are waited for.
+        streams.WAITS[:] = waits if isinstance(given[2], Elsewhere) else [*waits, "plan"]
+        self._copied.record()
+
+    def _keep(self, *given):
         for tensor in given:
             assert tensor.dtype == torch.int32
         if not self.graph:

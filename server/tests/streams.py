@@ -58,7 +58,7 @@ class Event:
     """torch.cuda.Event"""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
-        self._timed = enable_timing
+        self._timed, self._stream, self._number = enable_timing, current(), 0
 
     def record(self) -> None:
         self._stream, self._at = current(), time.perf_counter()

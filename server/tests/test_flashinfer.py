@@ -8,10 +8,12 @@ import inspect
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import flashinfer_stand_in as stand_in
 import pytest
 import torch
+from ahead import Ahead, Launches
 from driver import PAGE_TOKENS, PAGES, SEQUENCES, STEP_TOKENS, Driver
 from elsewhere import gpus, interpreting
 from kvrun.attention import flashinfer
@@ -279,6 +281,20 @@ def test_captured_steps_are_planned_anew_before_each_launch(row, gpu, wide, chec
     plans = [(name, len(args[0]) - 1) for name, method, args, _ in stand_in.CALLS if method == "plan"]
     assert {rows for name, rows in plans if name == (SINK if row == "gpt_oss" else DECODE)} >= {1, 2, 4}
     assert not any(method == "run" and len(args[0]) == 2 for _, method, args, _ in stand_in.CALLS)
+
+
+def test_a_step_is_planned_while_the_one_before_runs(gpu, wide, checkpoint):
+    model = load_model(checkpoint("gemma2"), dtype="float32", device=gpu)
+    engine = Engine(model, Group.single(), MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=(2, 4))
+    found = []
+    for follow in (Driver(engine.step), Ahead(launches := Launches(SimpleNamespace(each=lambda call: [call(engine)])))):
+        engine.reserve(PAGES, STEP_TOKENS, SEQUENCES, 0)
+        for index, prompt in enumerate(ASKED):
+            follow.add(index, prompt, 4 + index)
+            follow.turn()
+        found.append(follow.run())
+    assert found[0] == found[1]
+    assert launches.waits and not [before for before, _ in launches.waits if before]
 
 
 PLAIN = Scores(0.125)

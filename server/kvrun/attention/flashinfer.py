@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +87,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """The rows of a step as FlashInfer takes them: tensors on the host, int32."""
+    """The rows of a step as FlashInfer takes them: tensors on the host, int32. Pages may lie on the device too."""
 
     query_start: Tensor  # [N + 1]
     page_start: Tensor  # [N + 1]: row n has pages[page_start[n]] to pages[page_start[n + 1]]
@@ -144,6 +144,7 @@ class FlashInfer:
         self._wrappers: dict[tuple[Shape, torch.dtype, bool], Any] = {}
         self._fixed: dict[tuple[Shape, torch.dtype, torch.Size], Any] = {}
         served = not all(self._lacking.values())
+        self._planned = torch.cuda.Event()  # behind the copies of the last plans
         # Of zeros, because some kernels keep counters there that they leave as they found them.
         self._workspace = torch.zeros(WORKSPACE_BYTES if served else 0, dtype=torch.uint8, device=place)
 
@@ -168,7 +169,7 @@ class FlashInfer:
     def prepare(self, step: FlashInferStep, shapes: Iterable[Shape]) -> None:
         """Plan a step for these shapes."""
         kv, batch = step.kv, step.batch
-        rows = PagedRows.of(batch.host or _fetched(batch), kv.page_tokens)
+        rows = self._carried(PagedRows.of(batch.host or _fetched(batch), kv.page_tokens))
         for shape in shapes:
             single = rows.single and not shape.sinks
             key = (shape, kv.layers[0].dtype, single)
@@ -176,11 +177,14 @@ class FlashInfer:
                 self._wrappers[key] = self._wrapper(*key)
             step.planned[shape] = self._wrappers[key]
             self._plan(shape, rows, kv, self._wrappers[key], single)
+        self._planned.record()
 
     def replan(self, step: FlashInferStep, rows: PagedRows) -> None:
         """Plan all shapes of a fixed step for other rows."""
+        rows = self._carried(rows)
         for shape, wrapper in step.planned.items():
             self._plan(shape, rows, step.kv, wrapper, not shape.sinks)
+        self._planned.record()
 
     def shape(self, kind: Kind, stored: torch.dtype) -> Shape | None:
         """The shape that a kind of layer is served as over a pool of this dtype; None where it is not."""
@@ -227,6 +231,13 @@ class FlashInfer:
             return {}
         found = (self.shape(kind, kv.layers[0].dtype) for kind in self._lacking)
         return dict.fromkeys(shape for shape in found if shape is not None)
+
+    def _carried(self, rows: PagedRows) -> PagedRows:
+        """Rows to plan by, their pages on the device: for those of the host a plan would wait, and for all that was launched before."""
+        # Plans leave pinned memory by copies that nobody waits for, and write the same memory again.
+        self._planned.synchronize()
+        staged = torch.empty(len(rows.pages), dtype=torch.int32, pin_memory=True).copy_(rows.pages)
+        return replace(rows, pages=staged.to(self._place, non_blocking=True))
 
     def _plan(self, shape: Shape, rows: PagedRows, kv: KvPages, wrapper: Any, single: bool) -> None:
         heads = (shape.heads, shape.kv_heads, shape.head_dim, kv.page_tokens)
