@@ -259,6 +259,11 @@ pub enum AdapterState {
 }
 
 impl AdapterState {
+    /// Whether requests may ask for it: it is loaded, or will be when they do.
+    pub fn is_usable(self) -> bool {
+        matches!(self, Self::Known | Self::Loading | Self::Ready)
+    }
+
     /// The state's name on the wire: "known", "loading", "ready", "draining", "gone", "failed".
     pub fn as_str(self) -> &'static str {
         match self {

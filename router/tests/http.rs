@@ -417,6 +417,18 @@ async fn adapters_come_and_go_over_http() {
     assert_eq!(server.look("/v1/adapters/nobody").await.0, 404);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_shown_from_the_allowed_one_on_however_that_is_written() {
+    let server = serve_with(|setup| {
+        let root = setup.settings.lora_dir.take().unwrap();
+        setup.settings.lora_dir = Some(root.join("../adapters"));
+    })
+    .await;
+    server.load("warm").await;
+    let (_, adapter) = server.look("/v1/adapters/warm").await;
+    assert_eq!(adapter["source"], "warm");
+}
+
 async fn read_post(server: &served::Served, path: &str) -> (u16, Value) {
     served::read(
         server
@@ -439,6 +451,7 @@ async fn an_unloaded_adapter_finishes_what_runs() {
     let first = stream.chunk().await.unwrap().unwrap();
     let gone = server.delete("/v1/adapters/warm").send().await.unwrap();
     assert_eq!(gone.status(), 202);
+    assert_eq!(server.look("/info").await.1["adapters"], json!([]));
     let rest = stream.text().await.unwrap();
     let events = served::json_events(&served::data(
         &(String::from_utf8(first.to_vec()).unwrap() + &rest),

@@ -104,8 +104,14 @@ impl App {
         engine: Engine,
         text: TokenizerPool,
         templates: ChatTemplates,
-        settings: Settings,
+        mut settings: Settings,
     ) -> Self {
+        // Folders beneath it are shown from there on, so it must be written as they are found.
+        if let Some(root) = &mut settings.lora_dir
+            && let Ok(found) = root.canonicalize()
+        {
+            *root = found;
+        }
         Self(Arc::new(Parts {
             engine,
             text,

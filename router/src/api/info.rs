@@ -123,6 +123,7 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
             .adapters()
             .list()
             .into_iter()
+            .filter(|adapter| adapter.state.is_usable())
             .map(|adapter| adapter.name)
             .collect(),
     })

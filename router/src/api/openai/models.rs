@@ -6,7 +6,6 @@ use axum::extract::{Path, State};
 use super::answers::{Model, ModelList};
 use crate::api::App;
 use crate::api::error::{ApiError, Kind};
-use crate::request::AdapterState;
 
 /// The base model and its adapters.
 #[utoipa::path(get, path = "/v1/models", tag = "Models", responses((status = 200, body = ModelList)))]
@@ -44,18 +43,12 @@ fn models(app: &App) -> Vec<Model> {
         parent: None,
         digest: None,
     };
-    let usable = |state| {
-        matches!(
-            state,
-            AdapterState::Known | AdapterState::Loading | AdapterState::Ready
-        )
-    };
     let adapters = app
         .engine
         .adapters()
         .list()
         .into_iter()
-        .filter(|adapter| usable(adapter.state));
+        .filter(|adapter| adapter.state.is_usable());
     let adapters = adapters.map(|adapter| Model {
         parent: Some(app.settings.model_id.clone()),
         digest: (!adapter.digest.is_empty()).then_some(adapter.digest),
