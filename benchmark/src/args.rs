@@ -21,8 +21,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Api::Tgi)]
     pub api: Api,
 
-    /// Name of the model for --api openai, where an adapter's name does not stand in its place
-    #[arg(long, default_value = "base")]
+    /// Name of the model for --api openai, where an adapter's name does not stand in its place; `tgi` is the base model of
+    /// kv.run and text-generation-inference, whatever it is called
+    #[arg(long, default_value = "tgi")]
     pub model: String,
 
     /// Key to show to the server
