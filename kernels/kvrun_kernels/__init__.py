@@ -4,6 +4,6 @@ Callers write `from kvrun_kernels import ops` and name an op; which code runs is
 This package knows tensors. It never knows a model, a rank, an adapter's name or a request.
 """
 
-from kvrun_kernels.dispatch import describe, get_num_threads, levels, set_num_threads, use
+from kvrun_kernels.dispatch import describe, first_steps, get_num_threads, levels, set_num_threads, use
 
-__all__ = ["describe", "get_num_threads", "levels", "set_num_threads", "use"]
+__all__ = ["describe", "first_steps", "get_num_threads", "levels", "set_num_threads", "use"]

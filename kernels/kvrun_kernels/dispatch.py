@@ -113,6 +113,16 @@ def describe(device: str = "cpu") -> dict[str, str]:
     return {name: serving(kernel) for name, kernel in sorted(_kernels.items())}
 
 
+def first_steps(device: str = "cpu") -> tuple[tuple[int, int], ...]:
+    """Steps after which no op sets up anything on first use, as (tokens, tokens before them): where Triton compiles, one for each tile.
+
+    Tiles grow with the rows, of experts with their share of them, and contexts are cut into stretches once they are long.
+    """
+    if device not in _triton_devices or os.environ.get("TRITON_INTERPRET") == "1":
+        return ((16, 0), (1, 0))
+    return (*((1 << n, 0) for n in range(12)), (1, 4096), (16, 4096))
+
+
 def set_num_threads(count: int) -> None:
     """Share every later call among `count` threads, the caller being one of them."""
     if count < 1:

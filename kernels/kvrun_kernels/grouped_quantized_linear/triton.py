@@ -57,6 +57,6 @@ def grouped_quantized_linear(x: Tensor, grouped: Grouped[QuantizedRows], offsets
         out, x, grouped.table, offsets, len(grouped), first.out_features, first.in_features,
         x.stride(0), first.panels.stride(0), first.group, first.block,
         SCALE=TYPES.get(first.scales.dtype, tl.int8), ADDED=tl.int8 if first.offsets is None else TYPES.get(first.offsets.dtype, tl.int8),
-        BIAS=None if bias_dtype is None else TYPES[bias_dtype], COLUMNS=COLUMNS, BLOCK_M=block_m, num_warps=4, num_stages=3, **kind,
+        BIAS=None if bias_dtype is None else TYPES[bias_dtype], COLUMNS=COLUMNS, BLOCK_M=block_m, num_warps=4, **kind,
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvrun_kernels.stored import FORMATS, as_held
 from kvrun_kernels.tiles import INT8, owner, product, rounded, up_to_power, widened
 
-PROGRAMS = 256  # that a GPU wants at least, about two for each processor of a large one
+PROGRAMS = 256  # that a GPU wants at least, about two for each processor of a large one; a power of two, for so many stretches are joined
 LEAST_CUT = 512  # keys
 
 
@@ -23,12 +23,12 @@ def _scales(rows, dim):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_stride", "parts"])
 def _attend(
     out, stats, q, pool, query_start, contexts, page_table, reach, slopes, sinks, relative,
-    sequences, kv_heads, group, dim, value_dim, width, page_tokens, planes, token_stride, head_stride, table_stride,
+    sequences, kv_heads, group, dim, value_dim, width, page_tokens, planes, token_stride, head_stride, table_stride, parts,
     window, most, scale, softcap,
-    FORMAT: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, REACH: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr,
+    FORMAT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, REACH: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr,
     RELATIVE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def _attend(
         last = tl.minimum(tl.load(reach + row, mine, other=-1) if REACH else position, context - 1)
         last = tl.where(mine, last, -1)
         # By its own context, for a captured step's table is as wide as the longest sequence there may be.
-        cut = tl.cdiv(tl.cdiv(context, PARTS), BLOCK_N) * BLOCK_N
+        cut = tl.cdiv(tl.cdiv(context, parts), BLOCK_N) * BLOCK_N
         begin = part * cut
         end = tl.minimum(tl.max(last) + 1, begin + cut)
         if WINDOW:
@@ -102,8 +102,8 @@ def _attend(
             if FORMAT == INT8:
                 shares *= tl.where(held, _scales(tl.where(held, values_at, pool), dim), 0.0)[None, :]
             total = product(rounded(shares, inner.dtype), values, total * fade[:, None])
-        line = (row.to(tl.int64) * kv_heads * group + head) * PARTS + part
-        if PARTS > 1:
+        line = (row.to(tl.int64) * kv_heads * group + head) * parts + part
+        if SPLIT:
             tl.store(stats + line * 2, top, mine)
             tl.store(stats + line * 2 + 1, weight, mine)
         else:
@@ -117,14 +117,12 @@ def _attend(
         tl.store(target, rounded(total, out.dtype.element_ty), mine[:, None] & (v < value_dim)[None, :])
 
 
-@triton.jit
-def _join(
-    out, parts, stats, sinks, heads, value_dim, PARTS: tl.constexpr, SINKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr
-):
+@triton.jit(do_not_specialize=["parts"])
+def _join(out, totals, stats, sinks, heads, value_dim, parts, SINKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     part, v = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
-    top = tl.load(stats + (line * PARTS + part) * 2, part < PARTS, other=float("-inf"))
-    weight = tl.load(stats + (line * PARTS + part) * 2 + 1, part < PARTS, other=0.0)
+    top = tl.load(stats + (line * parts + part) * 2, part < parts, other=float("-inf"))
+    weight = tl.load(stats + (line * parts + part) * 2 + 1, part < parts, other=0.0)
     level = tl.max(top)
     if SINKS:
         sink = tl.load(sinks + line % heads)
@@ -135,9 +133,9 @@ def _join(
     if SINKS:
         whole += tl.exp(sink - level)
     total = tl.zeros((BLOCK_V,), tl.float32)
-    for p in range(PARTS):
-        faded = tl.exp(tl.load(stats + (line * PARTS + p) * 2) - level)
-        total += faded * tl.load(parts + (line * PARTS + p) * value_dim + v, v < value_dim, other=0.0)
+    for p in range(parts):
+        faded = tl.exp(tl.load(stats + (line * parts + p) * 2) - level)
+        total += faded * tl.load(totals + (line * parts + p) * value_dim + v, v < value_dim, other=0.0)
     total /= tl.where(whole == 0.0, 1.0, whole)
     tl.store(out + line * value_dim + v, rounded(total, out.dtype.element_ty), v < value_dim)
 
@@ -174,15 +172,15 @@ def paged_attention(
         target, stats, q, as_held(pool), query_start, contexts, page_table,
         *(absent if t is None else t for t in (reach, slopes, sinks, relative)),
         sequences, kv_heads, group, dim, value_dim, pool.shape[4], page_tokens, pool.shape[1],
-        q.stride(0), q.stride(1), page_table.stride(0), window, 0 if relative is None else relative.shape[1] // 2, scale, softcap,
-        FORMAT=FORMATS[pool.dtype], WIDE=pool.dtype != q.dtype and FORMATS[pool.dtype] <= 2, PARTS=parts, REACH=reach is not None,
+        q.stride(0), q.stride(1), page_table.stride(0), parts, window, 0 if relative is None else relative.shape[1] // 2, scale, softcap,
+        FORMAT=FORMATS[pool.dtype], WIDE=pool.dtype != q.dtype and FORMATS[pool.dtype] <= 2, SPLIT=parts > 1, REACH=reach is not None,
         SLOPES=slopes is not None, SINKS=sinks is not None, RELATIVE=relative is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
         HEADS=held_heads, TOKENS=of_tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=wide, BLOCK_V=block_v,
         num_warps=8 if wide > 256 else 4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _join[(tokens * heads,)](
-            out, target, stats, absent if sinks is None else sinks, heads, value_dim,
-            PARTS=parts, SINKS=sinks is not None, BLOCK_P=up_to_power(parts), BLOCK_V=block_v, num_warps=1,
+            out, target, stats, absent if sinks is None else sinks, heads, value_dim, parts,
+            SINKS=sinks is not None, BLOCK_P=PROGRAMS, BLOCK_V=block_v, num_warps=1,
         )  # fmt: skip
     return out

@@ -85,7 +85,7 @@ def added(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply(
     out, x, codes, scales, offsets, table, units, bias, rows, outputs, inputs, x_stride, code_stride, group, block, cut, first,
     FORM: tl.constexpr, OFFSET: tl.constexpr, COUNTS: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
@@ -106,9 +106,10 @@ def _multiply(
     tl.store(target, rounded(total, out.dtype.element_ty), mine[:, None] & held[None, :])
 
 
-@triton.jit
-def _add_parts(out, parts, bias, count, elements, outputs, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "rows"])
+def _add_parts(out, parts, bias, count, rows, outputs, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    elements = rows.to(tl.int64) * outputs
     held = at < elements
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(count):
@@ -152,14 +153,17 @@ def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
     block_n, block_k = (32, 64) if not whole else (64, 128) if few else (128, 64)
     # The largest power of two that divides a group, for a tile must not touch two.
     block_k = min(block_k, group & -group) if whole and group < packed.in_features else block_k
+    form = _COUNTED if counted else _FORMS.get(packed.codes, _TABLE)
     return {
-        "FORM": _COUNTED if counted else _FORMS.get(packed.codes, _TABLE),
+        "FORM": form,
         "OFFSET": _NO_OFFSET if offsets is None else _SHIFT if offsets.dtype == torch.int8 and not packed.block else _ADDED,
         "COUNTS": packed.block > 0,
         "UNIT": FLOAT8_UNIT if packed.codes == torch.float8_e4m3fn else 1.0,
         "WHOLE": whole,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
+        # What a table says is fetched ahead too, as float32: more of it than smaller GPUs hold.
+        "num_stages": 2 if form == _TABLE else 4 if few else 3,
     }
 
 
@@ -188,11 +192,11 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
         target, x, packed.panels, packed.scales, absent if offsets is None else offsets, packed.table,
         absent if packed.units is None else packed.units, absent if bias is None else bias,
         rows, outputs, inputs, x.stride(0), packed.panels.stride(0), group, packed.block, cut, packed.first,
-        BIAS=bias is not None and parts == 1, BLOCK_M=block_m, num_warps=8 if block_m == 128 else 4, num_stages=4 if few else 3, **kind,
+        BIAS=bias is not None and parts == 1, BLOCK_M=block_m, num_warps=8 if block_m == 128 else 4, **kind,
     )  # fmt: skip
     if parts > 1:
         block = 1024
         _add_parts[(triton.cdiv(out.numel(), block),)](
-            out, target, absent if bias is None else bias, parts, out.numel(), outputs, BIAS=bias is not None, BLOCK=block
+            out, target, absent if bias is None else bias, parts, rows, outputs, BIAS=bias is not None, BLOCK=block
         )
     return out

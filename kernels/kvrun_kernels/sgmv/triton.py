@@ -14,7 +14,7 @@ PROGRAMS = 1024  # that a GPU wants at least, about eight small ones for each pr
 _TILE, _PART, _ENTRY = tl.constexpr(TILE), tl.constexpr(PART), tl.constexpr(ENTRY)
 
 # Numbers that differ from step to step, or from linear to linear, for which nothing is compiled again.
-_OF_A_STEP = ["known", "site", "groups", "rows", "spread", "parts", "chunks", "stretches"]
+_OF_A_STEP = ["owners", "tokens", "offsets", "known", "site", "groups", "rows", "spread", "parts", "chunks", "stretches"]
 
 
 @triton.jit
