@@ -26,7 +26,18 @@ impl Scheduler {
 
     fn may_go_ahead(&self) -> bool {
         // Whoever is in flight when the shards die is blamed, so a suspect goes with nobody, before or behind it.
-        self.suspects.is_empty() && !self.waits_for_ids() && self.room_ahead()
+        let exact = self.suspects.is_empty() && !self.waits_for_ids();
+        exact && !self.prompts_wait() && self.room_ahead()
+    }
+
+    /// Prompts wait until so many rows decoded alone once; a second step of these would go without prompts for nothing.
+    fn prompts_wait(&self) -> bool {
+        let running = self.running.iter().filter_map(|id| self.sequences.get(id));
+        let growing = running.filter(|sequence| !sequence.is_spent());
+        let (decoding, prompts): (Vec<_>, Vec<_>) =
+            growing.partition(|sequence| sequence.remaining() == 1);
+        let wait = !prompts.is_empty() || self.queue.requests() > 0;
+        wait && self.chunk.beside(decoding.len() as u32) == 0
     }
 
     /// Guesses are looked up in the text before them, and how far a row with guesses came, its outcome alone says.

@@ -107,3 +107,33 @@ fn check(reply: &Reply, rows: &[Row]) -> Result<(), Violation> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_step_took_begins_when_the_one_before_it_was_answered() {
+        let (mut epoch, ms) = (Epoch::new(1), Time::from_millis);
+        let mut send = |planned| {
+            epoch.steps += 1;
+            epoch.in_flight.push_back(InFlight {
+                rows: Vec::new(),
+                released: Vec::new(),
+                planned,
+            });
+        };
+        [ms(5), ms(6), ms(40)].into_iter().for_each(&mut send);
+        let mut took = |number, now| {
+            let reply = Reply {
+                epoch: 1,
+                number,
+                rows: Vec::new(),
+            };
+            epoch.land(now, &reply).map(|(_, took)| took)
+        };
+        assert_eq!(took(1, ms(15)), Ok(ms(10)));
+        assert_eq!(took(2, ms(35)), Ok(ms(20)));
+        assert_eq!(took(3, ms(41)), Ok(ms(1)));
+    }
+}

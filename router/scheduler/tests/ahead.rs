@@ -65,6 +65,20 @@ fn newcomers_join_a_step_ahead() {
 }
 
 #[test]
+fn prompts_do_not_wait_for_a_second_step_without_them() {
+    let mut toy = Toy::new(100, 64, 8);
+    let old = toy.ask("t", 4, 50);
+    toy.turn();
+    let new = toy.ask("u", 10, 2);
+    let alone = toy.plan().unwrap();
+    assert_eq!(sizes(&alone), [(old, 1)]);
+    assert_eq!(toy.ahead(), None);
+    toy.answer(&alone);
+    assert_eq!(sizes(&toy.plan().unwrap()), [(old, 1), (new, 10)]);
+    assert_eq!(sizes(&toy.ahead().unwrap()), [(old, 1), (new, 1)]);
+}
+
+#[test]
 fn no_row_goes_ahead_of_the_last_token_asked_for() {
     let mut toy = Toy::new(100, 200, 8);
     let (short, long) = (toy.ask("t", 4, 2), toy.ask("t", 4, 3));
@@ -218,7 +232,7 @@ fn a_death_counts_once_for_a_request_with_two_rows_in_flight() {
 }
 
 #[test]
-fn prompts_are_cut_as_if_no_step_had_waited_behind_another() {
+fn prompts_are_cut_as_in_lockstep() {
     let chunks = |overlaps: bool| {
         let mut toy = Toy::new(1000, 512, 8);
         let stream = toy.ask("t", 4, 1000);
