@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -89,7 +90,10 @@ def load_model(
     rounded = _rounded(activation_dtype, device, chosen, weights)
     cache = PackedCache(packed_cache, checkpoint.stamp, chosen, method(quantize, stored), rounded, group.rank, group.world)
     build = _Build(model, plan, loader, weights, chosen, group, rounded, cache, attend)
-    with memory_given_back(), device.place:
+    vocabulary = model.decoder.embed.vocabulary
+    with memory_given_back(), ThreadPoolExecutor(1) as beside, device.place:
+        # A large tokenizer takes longer to read than packed weights to find.
+        limit = beside.submit(vocabulary_limit, folder, vocabulary)
         decoder = build.decoder()
         encoder = build.encoder(decoder.embed)
         sight = build.sight()
@@ -97,7 +101,6 @@ def load_model(
     if rounded and not any(linear.weight.rounded for linear in build.linears):
         raise Unsupported(f"{_meets(activation_dtype)}, and the codes of {method(quantize, stored)} are none; leave it out")
     cache.keep()
-    vocabulary = model.decoder.embed.vocabulary
     return LoadedModel(
         spec=model,
         config=config,
@@ -110,7 +113,7 @@ def load_model(
         page_shapes=build.shared.pages.shapes,
         slot_shapes=build.shared.slots,
         vocabulary=vocabulary,
-        vocabulary_limit=vocabulary_limit(folder, vocabulary),
+        vocabulary_limit=limit.result(),
         positions=model.positions,
         end_tokens=config.end_tokens,
         dtype=chosen,
