@@ -9,15 +9,22 @@ from elsewhere import GIB, gpus, need, settle
 from graphs import METER
 from kvrun.device import Cpu, Cuda
 from kvrun.engine import engine as engines_of
+from kvrun.engine import pretended
 from kvrun.engine.memory import SLACK, MemoryBudget
 from kvrun.engine.sampling import MOST_ALTERNATIVES, Sampling
 from kvrun.errors import OutOfMemory
 from kvrun.nn.build import load_model
 from kvrun.nn.loaded import LoadedModel
+from kvrun.nn.vision.sight import Sight
 from kvrun.rpc.convert import status
+from kvrun.vision.largest import blank
+from kvrun.vision.tiles import Size
+from pictures import prompt as shown_in
 
 TOKENS, ROWS = 12, 3  # of a step
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 9, 30, 17)]
+COSTLY = Sampling(temperature=1.0, top_p=0.99, repetition_penalty=1.1, top_logprobs=MOST_ALTERNATIVES, prompt_logprobs=True)
+WEIGHT = 1 << 23  # bytes of an image's features
 SCORED = Sampling(temperature=0.8, seed=3, top_p=0.9, top_logprobs=2, prompt_logprobs=True)
 
 
@@ -30,11 +37,12 @@ def on_gpu(checkpoint):
     def load(folder, **more):
         if not hasattr(threads, "device"):  # the threads are the engines' own and end with them
             threads.device = settle()
-        return load_model(folder, device=Cuda(0), **more)
+        with torch.inference_mode():  # in which the stand-in has no views of tensors that were made outside
+            return load_model(folder, device=Cuda(0), **more)
 
     with gpus(1, measured=True):
-        yield lambda free, **flags: Ranks(
-            checkpoint("llama"), load_model=load, captured=(1, 2), budget=MemoryBudget(**flags, free=lambda: free)
+        yield lambda free, row="llama", **flags: Ranks(
+            checkpoint(row), load_model=load, captured=(1, 2), budget=MemoryBudget(**flags, free=lambda: free)
         )
 
 
@@ -62,13 +70,48 @@ def test_no_step_takes_more_than_was_measured(on_gpu, adapter, monkeypatch):
     ranks.each(lambda engine: engine.reserve(PAGES, TOKENS, ROWS, 0))
     ranks.load(1, adapter("rank64"))
     driver = Driver(ranks.step)
-    costly = Sampling(temperature=1.0, top_p=0.99, repetition_penalty=1.1, top_logprobs=MOST_ALTERNATIVES, prompt_logprobs=True)
     for index in range(ROWS):
-        driver.add(index, PROMPTS[1], 2, costly, adapter=index % 2)
+        driver.add(index, PROMPTS[1], 2, COSTLY, adapter=index % 2)
     METER.reset()
     driver.run(chunk=TOKENS // ROWS)
     most = METER.most()
     assert 0 < most < found[0] - (1 << 20), (most, found)
+
+
+def heavy(self, data, features=Sight.features):
+    """Sight.features whose rows lie within `WEIGHT` bytes of their own, as those of large models do."""
+    rows = features(self, data)
+    more = rows.new_zeros(len(rows), WEIGHT // rows.element_size() // len(rows))
+    return torch.cat([rows, more], 1)[:, : rows.shape[1]]
+
+
+@pytest.mark.parametrize(("row", "images"), [("llava_next", 2), ("gemma3_panned", 2), ("idefics", 3)])
+def test_no_step_full_of_images_takes_more_than_was_measured(row, images, on_gpu, monkeypatch):
+    monkeypatch.setattr(Sight, "features", heavy)
+    monkeypatch.setattr(Sight, "largest", lambda self: blank(Size(16, 16)))  # of those that take a while here
+    found, ranks = wanted(None, monkeypatch), on_gpu(GIB, row, adapter_bytes=1 << 20)
+    engine = ranks.engines[0]
+    ids, shown = shown_in(engine.model.spec.images, [engine.model.sight.largest()] * images)
+    ranks.each(lambda engine: engine.reserve(PAGES, len(ids) + ROWS - 1, ROWS, 0))
+    measured = found[0] - (1 << 20)
+    driver, looked_at = Driver(ranks.step), engine.model.sight.memory_tokens(PAGE_TOKENS) * images
+    driver.add(0, ids, 1, COSTLY, images=shown, looked_at=looked_at)
+    METER.reset()
+    driver.run()
+    most = METER.most()
+    assert not driver.errors and images * WEIGHT < most < measured, (most, measured)
+
+
+def test_a_source_of_which_a_step_is_full_takes_no_more_than_was_measured(on_gpu, monkeypatch):
+    monkeypatch.setattr(pretended, "ENDLESS", 128)
+    found, ranks = wanted(None, monkeypatch), on_gpu(GIB, "t5", adapter_bytes=1 << 20)
+    ranks.each(lambda engine: engine.reserve(PAGES, 64, ROWS, 0))
+    driver = Driver(ranks.step)
+    driver.add(0, [0], 1, COSTLY, source=(PROMPTS[2] * 3)[:63])
+    METER.reset()
+    driver.run()
+    most, measured = METER.most(), found[0] - (1 << 20)
+    assert not driver.errors and measured / 4 < most < measured, (most, measured)
 
 
 def test_a_cache_that_does_not_fit_beside_the_largest_step_is_refused(on_gpu):

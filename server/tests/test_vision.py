@@ -9,6 +9,7 @@ from kvrun.spec import Bounded, PanAndScan, Pixels, Quarters, Square, Tiles
 from kvrun.vision.crops import crops
 from kvrun.vision.cut import cut, pictures
 from kvrun.vision.decode import decode
+from kvrun.vision.largest import blank, largest
 from kvrun.vision.tiles import Size, best_grid, fitted, margins
 from pictures import picture
 from PIL import Image
@@ -127,3 +128,26 @@ def test_a_grid_is_chosen_fitted_and_cleared_of_padding():
     assert fitted(Size(100, 250), Size(336, 1008)) == (336, 840)
     assert margins(Size(100, 250), Size(24, 72)) == (0, 6)
     assert margins(Size(10, 40), Size(24, 72)) == (3, 0)
+
+
+GRIDS = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
+CUTTINGS = (
+    Square(16),
+    Bounded(10, 24),
+    Quarters(Bounded(10, 24)),
+    Tiles(16, 4, GRIDS, "newline"),
+    PanAndScan(16, 8, 3, 1.2, "", "", ""),
+    PanAndScan(16, 8, 2, 3.5, "", "", ""),
+)
+
+
+@pytest.mark.parametrize("cutting", CUTTINGS, ids=str)
+def test_no_image_becomes_more_pictures_or_larger_ones_than_the_largest(cutting):
+    def worth(size: Size) -> tuple[int, int]:
+        seen = cut(cutting, Image.new("RGB", (size.width, size.height)), Image.Resampling.NEAREST)
+        return len(seen), sum(picture.width * picture.height for picture in seen)
+
+    most = worth(largest(cutting))
+    for size in (Size(height, width) for height in range(2, 80, 3) for width in range(2, 80, 3)):
+        assert all(np.less_equal(worth(size), most)), size
+    assert decode(blank(largest(cutting))).size == largest(cutting)[::-1]

@@ -94,8 +94,10 @@ class Engine:
         Every rank must call it alike.
         """
         model, pool = self.model, self._little_pool()
-        for tokens in (min(self.page_tokens, model.positions or self.page_tokens), 1):
-            row, sequence = pretend(model, tokens, self.page_tokens)
+        for tokens, start in kvrun_kernels.first_steps(model.device.place.type):
+            if 0 < model.positions < start + tokens:
+                continue
+            row, sequence = pretend(model, tokens, self.page_tokens, start)
             self._read([sequence], pool)
             self._forward([(row, sequence)], pool)
 
@@ -179,6 +181,7 @@ class Engine:
             adapter = usual_adapter(model.linears, model.dtype, model.device.place)
             work, pool = largest(model, step_tokens, sequences, self.page_tokens, adapter), self._little_pool()
             self._read([work[0][1]], pool)
+            self._look(work, pool)
             self._choose(work, self._forward(work, pool))
 
         try:
@@ -221,7 +224,7 @@ class Engine:
         work = self._accept(step, begun)
         began = self.model.device.mark()
         self._read(begun, self._pool)
-        self._look(work)
+        self._look(work, self._pool)
         live = [item for item in work if not item[1].is_lost(step.number)]
         lost = [sequence for _, sequence in work if sequence.is_lost(step.number)]
         parts = self._compute([live[index] for index in batches.by_adapter(live)], began, tell)
@@ -310,15 +313,14 @@ class Engine:
         if sources:
             self.model.encode(batches.read(sources, self.page_tokens, self.adapters), pool)
 
-    def _look(self, work: list[Work]) -> None:
+    def _look(self, work: list[Work], pool: Pool) -> None:
         """Encode the images that rows show or look at first. One that cannot be shown fails its sequence and no other."""
-        assert self._pool is not None
         for row, sequence in work:
             if sequence.images is not None and not sequence.is_lost(self._number):
                 try:
                     for rows, slots in sequence.images.look(row.start, row.start + row.tokens, sequence.ids):
                         runs = [Run(0, len(rows), sequence.adapter)] if sequence.adapter else []
-                        self.model.remember(rows, slots, self._pool, self.adapters.batch(runs))
+                        self.model.remember(rows, slots, pool, self.adapters.batch(runs))
                 except ImageError as error:
                     sequence.fail(f"bad_image: {error}", self._number)
 

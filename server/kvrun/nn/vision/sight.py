@@ -19,6 +19,7 @@ from kvrun.nn.vision.step import picture_step
 from kvrun.spec import Images, PanAndScan, Tiles
 from kvrun.vision.cut import pictures
 from kvrun.vision.decode import decode
+from kvrun.vision.largest import blank, largest
 from kvrun.vision.tiles import Size, best_grid, margins
 
 
@@ -42,6 +43,10 @@ class Sight:
         seen = [torch.from_numpy(picture).to(self.patches.weight) for picture in pictures(image, self.spec.cutting, self.spec.pixels)]
         found = [rows for _, alike in groupby(seen, key=lambda picture: picture.shape) for rows in self._encode(torch.stack(list(alike)))]
         return join(self.spec.cutting, found, Size(image.size[1], image.size[0]), self.tables)
+
+    def largest(self) -> bytes:
+        """A file of an image that takes the most memory to encode and to hold, of all that there may be."""
+        return blank(largest(self.spec.cutting))
 
     def memory_tokens(self, page_tokens: int) -> int:
         """Tokens of memory that an image takes, in whole pages; 0 = its features stand in the embedding."""
