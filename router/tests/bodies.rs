@@ -152,6 +152,27 @@ async fn a_field_that_is_null_asks_for_nothing_known_or_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_in_a_content_part_is_passed_over() {
+    let server = serve().await;
+    let said = |part: serde_json::Value| {
+        let messages = json!([{"role": "user", "content": [part]}]);
+        chat(json!({"messages": messages, "max_tokens": 1}))
+    };
+    let path = "/v1/chat/completions";
+    for part in [
+        json!({"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}),
+        json!({"type": "image_url", "image_url": {"url": "data:,", "format": "png"}}),
+    ] {
+        refused_openai(&server, path, said(part.clone()), "messages").await;
+        let (_, answer) = server.ask(path, said(part)).await;
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.contains("unknown field"), "{message}");
+    }
+    let harmless = json!({"type": "text", "text": "Hi", "cache_control": null});
+    assert_eq!(server.ask(path, said(harmless)).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_supported_is_named() {
     let server = serve().await;
     for (field, value) in [

@@ -164,11 +164,15 @@ fn part(part: &Value) -> Result<Part<'_>, ApiError> {
     let lacks = |what: &str| ApiError::field("messages", format!("a content part of type {what}"));
     match part.get("type").and_then(Value::as_str) {
         Some("text") => {
+            refuse_others(part, &["type", "text"])?;
             let text = part.get("text").and_then(Value::as_str).map(Part::Text);
             text.ok_or_else(|| lacks("`text` has no `text`; send a string"))
         }
         Some("image_url") => {
-            let url = part.get("image_url").and_then(|image| image.get("url"));
+            refuse_others(part, &["type", "image_url"])?;
+            let image = part.get("image_url").unwrap_or(&Value::Null);
+            refuse_others(image, &["url", "detail"])?;
+            let url = image.get("url");
             let image = url.and_then(Value::as_str).map(Part::Image);
             image.ok_or_else(|| lacks("`image_url` has no `image_url.url`; send a string"))
         }
@@ -179,5 +183,21 @@ fn part(part: &Value) -> Result<Part<'_>, ApiError> {
             );
             Err(unsupported("messages", &why))
         }
+    }
+}
+
+/// Refuses what a part says beyond these fields, unless it is null.
+fn refuse_others(part: &Value, fields: &[&str]) -> Result<(), ApiError> {
+    let members = part.as_object().into_iter().flatten();
+    let mut others =
+        members.filter(|(name, value)| !value.is_null() && !fields.contains(&name.as_str()));
+    match others.next() {
+        Some((name, _)) => {
+            let message = format!(
+                "a content part has the unknown field `{name}`, known are {fields:?}; leave it out"
+            );
+            Err(ApiError::field("messages", message))
+        }
+        None => Ok(()),
     }
 }
