@@ -151,14 +151,9 @@ fn nobody_gives_way_while_a_row_of_it_is_in_flight() {
     let (_, young) = (toy.ask("t", 40, 300), toy.ask("u", 40, 300));
     let mut in_flight = toy.plan().unwrap();
     // Twelve pages each hold 192 tokens; the next of the older one would take a page of the younger.
-    loop {
-        match toy.ahead() {
-            Some(step) => {
-                let oldest = std::mem::replace(&mut in_flight, step);
-                toy.answer(&oldest);
-            }
-            None => break,
-        }
+    while let Some(step) = toy.ahead() {
+        let oldest = std::mem::replace(&mut in_flight, step);
+        toy.answer(&oldest);
         assert_eq!(toy.scheduler.load().preemptions, 0);
     }
     assert_eq!(toy.scheduler.load().running, 2);
