@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import streams
+import torch
 from driver import STEP_TOKENS, Driver, Ranks
 from kvrun.engine.engine import Engine
+from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Outcome, Row, RowOutcome, Step
 from kvrun.engine.turn import Turn
+
+T = TypeVar("T")
+
+PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (2, 11, 7, 5, 3)]
+COUNTS = (7, 3, 6, 4, 5)  # answers end one after another, so rows change their places
+WAYS = {
+    "greedy": Sampling(top_logprobs=3),
+    "drawn": Sampling(temperature=0.9, seed=5),
+    "penalised": Sampling(repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={7: 2.0}, suppressed=(2, 9), suppressed_until=3),
+    "scored": Sampling(temperature=1.1, seed=3, presence_penalty=0.2, prompt_logprobs=True, top_logprobs=2),
+    "cut": Sampling(temperature=0.8, seed=9, top_k=40, top_p=0.9),
+}
+
+
+@dataclass(frozen=True)
+class Late(Generic[T]):
+    """What the host has, and is told when it asks for it: a landing as of a device that computes while the host goes on."""
+
+    made: T
+    landed = False
+
+    def wait(self) -> None: ...
+
+    def get(self) -> T:
+        return self.made
 
 
 class Launches:
@@ -87,3 +116,17 @@ class Ahead(Driver):
             if said.error or len(self.answers[sequence]) >= self._wanted[sequence]:
                 self.release(sequence)
         return list(outcome.rows)
+
+
+def follow(
+    driver: Driver, ways: Sequence[str] = ("greedy",), adapters: Sequence[int] = (0,), requests: int = 3, source: Sequence[int] = ()
+) -> dict[int, tuple[list, list, list]]:
+    """Requests that join one after another, request n in ways[n % len] with the adapter of handle adapters[n % len].
+
+    The answer of each, all that is said of its tokens, and of its prompt's.
+    """
+    for index, (prompt, count) in enumerate(zip(PROMPTS[:requests], COUNTS)):
+        driver.add(index, prompt, count, WAYS[ways[index % len(ways)]], adapter=adapters[index % len(adapters)], source=source)
+        driver.turn(chunk=8)
+    driver.run(chunk=8)
+    return {index: (driver.answers[index], driver.details[index], driver.prompts[index]) for index in driver.answers}

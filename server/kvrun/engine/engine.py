@@ -2,7 +2,7 @@
 
 A turn may be launched while the one before is under way. Its layers then find on the device what was sampled, and the host learns
 it between them and the sampling, which so knows every id. The one before is waited for sooner by a row that follows drafts, for
-nobody knows where it starts, and by a row of a sequence with images that are still to be read or looked at. What cuts tokens off
+nobody knows where it starts, and by a row whose sequence has images to be read, which keeps the host for long. What cuts tokens off
 (top-k, top-p, min-p, typical-p) waits within sampling for its own step.
 """
 
@@ -234,7 +234,7 @@ class Engine:
         return turn
 
     def _must_know(self, rows: Items[Row]) -> bool:
-        """Whether rows cannot be laid out before the host knows what the turn before sampled, or take it long to lay out."""
+        """Whether rows cannot be laid out before the host knows what the turn before sampled, or keep it for long."""
         assert self._sequences is not None
         if self._open is None or self._open.over:
             return False

@@ -65,7 +65,7 @@ class SequenceImages:
 
     @property
     def busy(self) -> bool:
-        """Whether the next tokens may give the host images to read, or may need it to know every id before them."""
+        """Whether some image may still be to be read."""
         return bool(self._left)
 
     def look(self, start: int, stop: int, ids: np.ndarray) -> Items[tuple[Tensor, Tensor]]:

@@ -33,8 +33,6 @@ class LookedImages:
     An image takes whole pages of the memory.
     """
 
-    busy = True  # see SequenceImages: which text a token stands in, the ids before it say
-
     def __init__(self, images: Items[Image], sight: Sight, prompt_tokens: int, pages: Items[int], page_tokens: int) -> None:
         """Raises ProtocolError when images are out of order or of the prompt, or the pages do not hold them."""
         in_order(images, prompt_tokens)
@@ -45,6 +43,11 @@ class LookedImages:
         self._pages: np.ndarray = np.asarray(pages[: len(images) * each], np.int32).reshape(-1, each)
         self._places: np.ndarray | None = None  # of each image's own id among the tokens
         self._encoded: set[int] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether some image is still to be read."""
+        return len(self._encoded) < len(self._images)
 
     @property
     def memory(self) -> int:
