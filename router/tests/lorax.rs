@@ -145,6 +145,21 @@ async fn the_operator_may_say_where_adapters_come_from_that_are_not_loaded() {
     assert_eq!((status, &answer["error"]["param"]), (404, &json!("model")));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_the_hub_cannot_have_is_an_unknown_one() {
+    let server = serve_with(|setup| {
+        setup.settings.allow_dynamic_lora = true;
+        setup.settings.default_adapter_source = Some(Source::Hub);
+    })
+    .await;
+    let chat = json!({"model": "gpt-4", "messages": [{"role": "user", "content": "Hi"}]});
+    let (status, answer) = server.ask("/v1/chat/completions", chat).await;
+    assert_eq!((status, &answer["error"]["param"]), (404, &json!("model")));
+    let asked = without_stream(json!({"adapter_id": "my adapter"}));
+    let (status, answer) = server.ask("/generate", asked).await;
+    assert_eq!(status, 404, "{answer}");
+}
+
 /// A program that fetches an adapter slowly and writes a line to a file each time.
 fn downloader(home: &Path) -> std::path::PathBuf {
     let (program, fetched) = (home.join("text-generation-server"), home.join("fetched"));

@@ -250,12 +250,19 @@ pub async fn bring(app: &App, caller: &Caller, name: &str, source: Source) -> Re
         if own.engine.adapters().resolve(&name).is_ok() {
             return Ok(());
         }
-        let root = own.settings.lora_dir.as_deref();
+        let (root, hub) = (
+            own.settings.lora_dir.as_deref(),
+            own.settings.allow_dynamic_lora,
+        );
         let origin = match source {
-            Source::Hub => Origin::Hub(name.clone()),
+            // Where loading is allowed, a name that leads nowhere is only an unknown one.
+            Source::Hub if hub && !origin::is_repository(&name) => {
+                return Err(UnknownAdapter(name).into());
+            }
             Source::Local if root.is_some() && origin::folder(root, &name).is_err() => {
                 return Err(UnknownAdapter(name).into());
             }
+            Source::Hub => Origin::Hub(name.clone()),
             Source::Local => Origin::Folder(name.clone()),
         };
         load_from(&own, Some(name), origin, false).await.map(drop)

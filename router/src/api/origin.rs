@@ -125,6 +125,11 @@ async fn download(settings: &Settings, id: &str) -> Result<PathBuf, ApiError> {
     fetched_folder(&output.stdout).ok_or_else(|| failed("the download gave no folder"))
 }
 
+/// Whether an id has the form of a repository, maybe with `@revision`.
+pub fn is_repository(id: &str) -> bool {
+    repository(id).is_ok()
+}
+
 /// `org/name` and the revision, with nothing in them that a program could take for an option or a path upwards.
 fn repository(id: &str) -> Result<(&str, &str), ApiError> {
     let (repository, revision) = id.split_once('@').unwrap_or((id, "main"));
