@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +18,7 @@ from driver import Driver
 from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Admit, Row, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
+from kvrun.rpc.service import Identity, ModelShard
 from wire import SERVING, Shard, group
 
 PROMPT = [5, 99, 31, 7, 200, 41, 18, 6, 77, 150, 3]
@@ -161,6 +164,17 @@ def test_adapters_load_beside_steps_and_say_what_matched(shard, epoch, adapter):
     assert len({tuple(answers[sequence][:5]) for sequence in (1, 2, 3)}) == 3
     for _ in range(2):
         shard.calls.UnloadAdapter(pb.UnloadAdapterRequest(epoch=epoch, handle=1))
+
+
+def test_a_thread_that_reads_an_adapter_computes_where_the_model_lies():
+    begun, adapter = [], SimpleNamespace(digest="", bytes=1, matched=2, ranks=(3,), targets=("q_proj",))
+    engine = SimpleNamespace(
+        model=SimpleNamespace(device=SimpleNamespace(begin=lambda: begun.append(threading.get_ident()))),
+        adapters=SimpleNamespace(load=lambda *_: adapter if begun == [threading.get_ident()] else None),
+    )
+    service = ModelShard(Identity("tiny", 1, 2), None, lambda: None)
+    said = service._loads.submit(service._load, engine, pb.LoadAdapterRequest(epoch=service._epoch, handle=1)).result()
+    assert said.matched == 2 and begun != [threading.get_ident()]
 
 
 @pytest.mark.parametrize(

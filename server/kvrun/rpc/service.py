@@ -162,6 +162,7 @@ class ModelShard(ModelShardBase):
         """On a thread for adapters: read one for the epoch that asked for it."""
         began = time.perf_counter()
         self._check(request.epoch)
+        engine.model.device.begin()  # every thread begins on the first device
         adapter = engine.adapters.load(request.handle, request.name, request.path)
         self._check(request.epoch)
         event = {"adapter": request.name, "digest": adapter.digest, "bytes": adapter.bytes}
