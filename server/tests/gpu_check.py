@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvrun.attention.flashinfer import missing
@@ -17,14 +18,18 @@ from kvrun.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = "attention by FlashInfer equals the reference"
+# Kernels are compiled for most tests, each on a processor of the host; each process takes half a gigabyte of the GPU.
+TESTS = ("-m", "pytest", "-m", "gpu", "--numprocesses", str(min(8, os.cpu_count() or 1)))
 # What is shown, and by which arguments of this Python.
 STAGES = {
-    "kernels equal their references": ("-m", "pytest", "-m", "gpu", "kernels"),
-    "models, sampling and adapters equal transformers and the CPU": ("-m", "pytest", "-m", "gpu", "server/tests/test_device.py"),
-    "captured steps answer as those that are not": ("-m", "pytest", "-m", "gpu", "server/tests/test_captured.py"),
-    ATTENTION: ("-m", "pytest", "-m", "gpu", "server/tests/test_flashinfer.py"),
-    "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda"),
+    "kernels equal their references": (*TESTS, "kernels"),
+    "models, sampling and adapters equal transformers and the CPU": (*TESTS, "server/tests/test_device.py"),
+    "captured steps answer as those that are not": (*TESTS, "server/tests/test_captured.py"),
+    ATTENTION: (*TESTS, "server/tests/test_flashinfer.py"),
+    "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda", "--seconds", "0.1"),
 }
+# Seconds that one stage may take: together they leave room in ten minutes for what is built before.
+MOST_SECONDS = 240
 
 
 def main() -> int:
@@ -34,19 +39,30 @@ def main() -> int:
     except DeviceError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return error.exit_code
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"HF_HUB_OFFLINE": "1"}
     lines = []
     for shown, arguments in STAGES.items():
         if shown == ATTENTION and (why := missing(device.capability)):
             lines.append((shown, "not run", why))
             continue
         began = time.monotonic()
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**environment, "PYTHONPATH": "kernels:server"})
-        lines.append((shown, "passed" if done.returncode == 0 else f"failed ({done.returncode})", f"{time.monotonic() - began:.0f} s"))
+        result = _run(arguments, environment)
+        lines.append((shown, result, f"{time.monotonic() - began:.0f} s"))
     print(f"\n| on {device.describe()} | | |\n|---|---|---|")
     for line in lines:
         print(f"| {' | '.join(line)} |")
     return 0 if all(result in ("passed", "not run") for _, result, _ in lines) else 1
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """How a stage ended; one that hangs or cannot begin is a line of the table like any other."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env={**environment, "PYTHONPATH": "kernels:server"}, timeout=MOST_SECONDS
+        )
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return f"failed ({type(error).__name__})"
+    return "passed" if done.returncode == 0 else f"failed ({done.returncode})"
 
 
 if __name__ == "__main__":

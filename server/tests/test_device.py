@@ -6,7 +6,7 @@ There need be no GPU: `elsewhere.py` stands in for one, and Triton's interpreter
 
 from dataclasses import dataclass
 from functools import partial
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 from threading import local
 
 import gpu_check
@@ -263,9 +263,18 @@ def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| on cuda:0, a GPU that is not there, compute capability 9.0, 20.0 GiB free | | |"
     assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "passed", "passed", "failed (1)"]
+    monkeypatch.setattr("subprocess.run", _hanging)
+    with gpus(1):
+        assert gpu_check.main() == 1
+    assert capsys.readouterr().out.count("| failed (TimeoutExpired) |") == len(gpu_check.STAGES)
+    monkeypatch.setattr("subprocess.run", lambda words, **how: ran.append(words[1:]) or CompletedProcess(words, int("bench" in words[2])))
     monkeypatch.setattr(gpu_check, "missing", lambda capability: "it is not installed")
     ran.clear()
     with gpus(1):
         assert gpu_check.main() == 1
     assert list(gpu_check.STAGES[gpu_check.ATTENTION]) not in ran and len(ran) == len(gpu_check.STAGES) - 1
     assert f"| {gpu_check.ATTENTION} | not run | it is not installed |" in capsys.readouterr().out
+
+
+def _hanging(words, *, timeout, **how):
+    raise TimeoutExpired(words, timeout)
