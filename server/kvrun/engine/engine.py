@@ -335,7 +335,7 @@ class Engine:
                 found = sample(logits, asked, model.vocabulary_limit, model.device)
             else:
                 found = Scored(torch.full((len(asked),), FAILED, dtype=torch.int64, device=model.device.place))
-            found = replace(found, ids=self._group.broadcast(found.ids))
+            self._group.broadcast(found.ids)
         return Told(found, scored)
 
     def _judge(self, live: list[Work], logits: Tensor) -> tuple[Scored, Tensor]:

@@ -10,7 +10,7 @@ fetched. Only draws that cut tokens off look at numbers in between, and wait for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -111,29 +111,42 @@ class Adjustments:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What rows ask for, as tensors."""
+class _Draws:
+    """Rows that are drawn, in their order."""
 
-    adjustments: Adjustments
-    drawn: Tensor  # [D] int64, rows that are not greedy
+    rows: Tensor  # [D] int64
     temperatures: Tensor  # [D] float32
     where: Tensor  # [D] float64, where in its distribution each draw falls
-    cut: Tensor  # int64, those of the D that cut tokens off
-    alternatives: Tensor  # [A] int64, rows that ask for alternatives
+    cut: Tensor | None  # int64, those of the D that cut tokens off; None for none
+
+    @classmethod
+    def of(cls, rows: list[int], choices: Sequence[Choice]) -> _Draws:
+        settings = [choices[row].sampling for row in rows]
+        seeds = np.array([s.seed for s in settings], dtype=np.uint64)
+        positions = np.array([len(choices[row].ids) for row in rows], dtype=np.uint64)
+        return cls(
+            _int64(rows),
+            torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32),
+            torch.from_numpy(uniforms(seeds, positions)),
+            _some([row for row, s in enumerate(settings) if s.truncates]),
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What rows ask for, as tensors; None for what none does."""
+
+    adjustments: Adjustments | None
+    draws: _Draws | None
+    alternatives: Tensor | None  # [A] int64, rows that ask for alternatives
 
     @classmethod
     def of(cls, choices: Sequence[Choice], limit: int) -> _Asked:
         drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
-        settings = [choices[row].sampling for row in drawn]
-        seeds = np.array([s.seed for s in settings], dtype=np.uint64)
-        positions = np.array([len(choices[row].ids) for row in drawn], dtype=np.uint64)
         return cls(
-            Adjustments.of(choices, limit),
-            drawn=_int64(drawn),
-            temperatures=torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=torch.float32),
-            where=torch.from_numpy(uniforms(seeds, positions)) if drawn else torch.empty(0, dtype=torch.float64),
-            cut=_int64([row for row, s in enumerate(settings) if s.truncates]),
-            alternatives=_int64([row for row, choice in enumerate(choices) if choice.sampling.top_logprobs]),
+            Adjustments.of(choices, limit) if any(choice.sampling.adjusts for choice in choices) else None,
+            _Draws.of(drawn, choices) if drawn else None,
+            _some([row for row, choice in enumerate(choices) if choice.sampling.top_logprobs]),
         )
 
 
@@ -144,18 +157,22 @@ def sample(logits: Tensor, choices: Sequence[Choice], limit: int, device: Device
     """
     logits = logits[:, :limit]
     asked = device.take(_Asked.of(choices, limit))
-    adjust(logits, asked.adjustments)
+    if asked.adjustments is not None:
+        adjust(logits, asked.adjustments)
     logprobs = torch.log_softmax(logits, dim=-1)
     # From the logits: two different logits may round to one log-probability.
     ids = logits.argmax(dim=-1)
-    drawn = [choice.sampling for choice in choices if not choice.sampling.greedy]
-    if drawn:
+    if (draws := asked.draws) is not None:
+        drawn = [choice.sampling for choice in choices if not choice.sampling.greedy]
         mixed = len(drawn) < len(choices)
-        ids[asked.drawn] = draw(logits[asked.drawn] if mixed else logits, drawn, asked.temperatures, asked.where, asked.cut)
-    asking = logprobs if len(asked.alternatives) == len(logprobs) else logprobs[asked.alternatives]
+        ids[draws.rows] = draw(logits[draws.rows] if mixed else logits, drawn, draws)
+        ids.clamp_(min=0)
+    asking = None
+    if (rows := asked.alternatives) is not None:
+        asking = logprobs if len(rows) == len(logprobs) else logprobs[rows]
+    picked, top = _scored(logprobs, ids, asking)
     # A NaN or +inf anywhere in a row makes its normaliser, and so every log-probability of it, a NaN.
-    scored = _scored(logprobs, ids.clamp(min=0), asking)
-    return replace(scored, ids=torch.where(logprobs[:, 0].isnan(), FAILED, scored.ids))
+    return Scored(ids.masked_fill_(picked.isnan(), FAILED), picked, top)
 
 
 def judge(pieces: Sequence[tuple[Tensor, int]], ids: Sequence[np.ndarray], device: Device) -> Scored:
@@ -163,20 +180,17 @@ def judge(pieces: Sequence[tuple[Tensor, int]], ids: Sequence[np.ndarray], devic
 
     pieces: of each row its logits [n, vocabulary] and how many alternatives it asks for · ids: of each row the n tokens, int64
     """
-    found, begin = list[Scored](), 0
     known = device.take(_Known(torch.from_numpy(np.concatenate([*ids, np.empty(0, np.int64)])))).ids
+    picked, tops, begin = [known[:0].float()], list[Likeliest](), 0
     for logits, alternatives in pieces:
         for some in logits.split(JUDGED_AT_ONCE) if len(logits) else ():
-            end = begin + len(some)
-            logprobs = torch.log_softmax(some, dim=-1)
-            found.append(_scored(logprobs, known[begin:end], logprobs if alternatives else logprobs[:0]))
+            logprobs, end = torch.log_softmax(some, dim=-1), begin + len(some)
+            found, top = _scored(logprobs, known[begin:end], logprobs if alternatives else None)
+            picked.append(found)
+            tops += [top] if top else []
             begin = end
-    tops = [scored.top for scored in found if scored.top is not None]
-    return Scored(
-        torch.cat([known[:0], *(scored.ids for scored in found)]),
-        torch.cat([known[:0].float(), *(scored.logprobs for scored in found if scored.logprobs is not None)]),
-        Likeliest(torch.cat([top.ids for top in tops]), torch.cat([top.logprobs for top in tops])) if tops else None,
-    )
+    likeliest = Likeliest(torch.cat([top.ids for top in tops]), torch.cat([top.logprobs for top in tops])) if tops else None
+    return Scored(known, torch.cat(picked), likeliest)
 
 
 @dataclass(frozen=True)
@@ -184,14 +198,14 @@ class _Known:
     ids: Tensor
 
 
-def _scored(logprobs: Tensor, ids: Tensor, asking: Tensor) -> Scored:
-    """Look up tokens, and what was likeliest in the rows that ask. logprobs [N, vocabulary], ids [N], asking [A, vocabulary]"""
+def _scored(logprobs: Tensor, ids: Tensor, asking: Tensor | None) -> tuple[Tensor, Likeliest | None]:
+    """The log-probabilities of tokens, and what was likeliest in the rows that ask. logprobs [N, vocabulary], ids [N]"""
     picked = logprobs.gather(1, ids[:, None])[:, 0]
-    if not len(asking):
-        return Scored(ids, picked)
+    if asking is None:
+        return picked, None
     # As many for every row: which of equal ones are among them shall not depend on what others ask for.
     values, top = torch.topk(asking, min(MOST_ALTERNATIVES, asking.shape[1]))
-    return Scored(ids, picked, Likeliest(top, values))
+    return picked, Likeliest(top, values)
 
 
 def adjust(logits: Tensor, adjustments: Adjustments) -> None:
@@ -219,16 +233,19 @@ def _int64(rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], temperatures: Tensor, where: Tensor, cut: Tensor) -> Tensor:
+def _some(rows: list[int]) -> Tensor | None:
+    return _int64(rows) if rows else None
+
+
+def draw(logits: Tensor, settings: Sequence[Sampling], draws: _Draws) -> Tensor:
     """Draw one id per row from its tempered and truncated distribution. logits [rows, vocabulary] -> [rows] int64
 
-    temperatures [rows] float32 · where [rows] float64 in [0, 1) · cut int64: the rows that truncate. Others alone make nobody
-    wait. A row that is not finite gets any id, or -1.
+    Only rows that truncate make anybody wait. A row that is not finite gets any id, or -1.
     """
-    probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
+    probabilities, where, cut = torch.softmax(logits / draws.temperatures[:, None], dim=-1), draws.where, draws.cut
     ids = torch.full((len(settings),), -1, dtype=torch.int64, device=logits.device)
     wide = list(range(len(settings)))
-    if len(cut):
+    if cut is not None:
         ids[cut] = _draw_near(probabilities[cut], [s for s in settings if s.truncates], where[cut])
         wide = ((ids < 0) & probabilities[:, 0].isfinite()).nonzero()[:, 0].tolist()
     for row in wide:

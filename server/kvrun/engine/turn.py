@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from torch import Tensor
@@ -104,10 +105,10 @@ class Turn:
             prompts = iter(told.judged.tokens([s.sampling.top_logprobs for row, s in work for _ in range(judged(row, s))]))
         for row, sequence in work:
             count = samples(row)
-            kept = self._learn(row, sequence, [next(ids) for _ in range(count)])
-            sampled = [token for _, token in zip(range(count), tokens)][:kept]
-            prompt = _reported(row, sequence, [token for _, token in zip(range(judged(row, sequence)), prompts)])
-            yield RowOutcome(sequence.number, [token for token in sampled if token is not None], prompt, sequence.error)
+            kept = self._learn(row, sequence, list(islice(ids, count)))
+            sampled = [token for token in list(islice(tokens, count))[:kept] if token is not None]
+            prompt = _reported(row, sequence, list(islice(prompts, judged(row, sequence)))) if sequence.sampling.prompt_logprobs else ()
+            yield RowOutcome(sequence.number, sampled, prompt, sequence.error)
 
     def _learn(self, row: Row, sequence: Sequence, picked: Items[int]) -> int:
         """Take a row's sampled ids into its sequence; how many of them count.
@@ -154,8 +155,6 @@ def choices(row: Row, sequence: Sequence) -> list[Choice]:
 
 def _reported(row: Row, sequence: Sequence, tokens: Items[TokenLogprob | None]) -> list[TokenLogprob]:
     """The row's own prompt tokens with their log-probabilities; that of the token after it waits for the row that computes it."""
-    if not sequence.sampling.prompt_logprobs:
-        return []
     found = [sequence.pending_prompt] if sequence.pending_prompt else []
     sequence.pending_prompt = None
     found += [token for token in tokens if token is not None]
