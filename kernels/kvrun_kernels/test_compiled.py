@@ -231,13 +231,13 @@ def run(*words: str) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("capability", SHARED)
-def test_every_kernel_compiles_and_fits(capability):
-    found = run(capability, *([] if capability == "90" else ["tall"]))
-    if capability == "90":
+@pytest.mark.parametrize(("capability", "chosen"), [("89", "tall"), ("90", ""), ("90", "exact"), ("100", "tall")])
+def test_every_kernel_compiles_and_fits(capability, chosen):
+    found = run(capability, *chosen.split())
+    if not chosen:
         assert {op for op, *_ in found} == {path.parent.name for path in KERNELS.glob("kvrun_kernels/*/triton.py")}
     for op, kernel, _, shared, spilled in found:
-        assert int(shared) <= SHARED[capability] and int(spilled) < 128, (op, kernel, shared, spilled)
+        assert int(shared) <= SHARED[capability] and int(spilled) < 256, (op, kernel, shared, spilled)
 
 
 def test_nothing_is_compiled_while_requests_wait():
@@ -248,4 +248,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "later":
         count_all()
     else:
-        compile_all(int(sys.argv[1]), sys.argv[2:])
+        chosen = sys.argv[2:]
+        if "exact" in chosen:
+            compile_all(int(sys.argv[1]), ["tall"], torch.float32)
+        else:
+            compile_all(int(sys.argv[1]), chosen)

@@ -47,8 +47,9 @@ def grouped_linear(x: Tensor, grouped: Grouped[PackedLinear], offsets: Tensor) -
     if not rows or not outputs:
         return out
     # Rows that a group has if they spread evenly: few of them leave a taller tile empty.
-    block_m = up_to_power(rows // len(grouped), 16, 64)
-    block_n, block_k = (64, 128) if block_m == 16 else (128, 64)
+    exact = torch.float32 in (x.dtype, first.dtype)  # which no tensor core multiplies: twice the bytes, and every product in registers
+    block_m = up_to_power(rows // len(grouped), 16, 32 if exact else 64)
+    block_n, block_k = (64, 32) if exact else (64, 128) if block_m == 16 else (128, 64)
     aligned = inputs * x.element_size() % 16 == 0 and all(p.held.data_ptr() % 16 == 0 for p in grouped.packed)
     _multiply[(rows // block_m + len(grouped), triton.cdiv(outputs, block_n))](
         out, x, grouped.table, offsets, len(grouped), outputs, inputs, x.stride(0),

@@ -51,8 +51,8 @@ def grouped_quantized_linear(x: Tensor, grouped: Grouped[QuantizedRows], offsets
     if rounded and first.integers:
         x = in_8_bits(x, first.group)
     # Rows that a group has if they spread evenly: few of them leave a taller tile empty.
-    block_m = up_to_power(rows // len(grouped), 16, 64)
-    kind = described(first, block_m == 16)
+    block_m = up_to_power(rows // len(grouped), 16, 64 if x.dtype != torch.float32 else 32)
+    kind = described(first, x, block_m == 16)
     _multiply[(rows // block_m + len(grouped), triton.cdiv(first.out_features, kind["BLOCK_N"]))](
         out, x, grouped.table, offsets, len(grouped), first.out_features, first.in_features,
         x.stride(0), first.panels.stride(0), first.group, first.block,

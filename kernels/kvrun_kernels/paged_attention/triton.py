@@ -154,7 +154,7 @@ def paged_attention(
     few = tokens <= 2 * sequences
     wide = up_to_power(dim, 16)
     # Sides that keep a program within its registers.
-    tall = max(16, min(64, 8192 // wide))
+    tall = max(16, min(64, 8192 // wide) if q.dtype != torch.float32 else min(32, 2048 // wide))
     block_m = up_to_power(group, 16, tall) if few else tall
     held_heads = min(group, block_m)
     of_tokens = block_m // held_heads
@@ -176,7 +176,7 @@ def paged_attention(
         FORMAT=FORMATS[pool.dtype], WIDE=pool.dtype != q.dtype and FORMATS[pool.dtype] <= 2, SPLIT=parts > 1, REACH=reach is not None,
         SLOPES=slopes is not None, SINKS=sinks is not None, RELATIVE=relative is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
         HEADS=held_heads, TOKENS=of_tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=wide, BLOCK_V=block_v,
-        num_warps=8 if wide > 256 else 4, num_stages=2,
+        num_warps=8 if wide > 256 else 4, num_stages=1 if wide > 256 and q.dtype == torch.float32 else 2,
     )  # fmt: skip
     if parts > 1:
         _join[(tokens * heads,)](

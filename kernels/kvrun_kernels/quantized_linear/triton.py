@@ -145,12 +145,14 @@ def narrowed(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(torch.float8_e4m3fn), steps
 
 
-def described(packed: QuantizedRows, few: bool) -> dict[str, Any]:
+def described(packed: QuantizedRows, x: Tensor, few: bool) -> dict[str, Any]:
     """What a weight's numbers are, and the tile that a program takes of it; `few` rows leave its bytes to be all that counts."""
     group, offsets = packed.group, packed.offsets
     counted = packed.codes == torch.uint8 and packed.integers
     whole = group % 16 == 0 or group >= packed.in_features
     block_n, block_k = (32, 64) if not whole else (64, 128) if few else (128, 64)
+    if x.dtype == torch.float32:  # which no tensor core multiplies exactly: twice the bytes, and every product in registers
+        block_n, block_k = min(block_n, 64), 32
     # The largest power of two that divides a group, for a tile must not touch two.
     block_k = min(block_k, group & -group) if whole and group < packed.in_features else block_k
     form = _COUNTED if counted else _FORMS.get(packed.codes, _TABLE)
@@ -178,8 +180,8 @@ def quantized_linear(x: Tensor, packed: QuantizedRows, bias: Tensor | None = Non
     if rounded and packed.integers:
         x = in_8_bits(x, group)
     few = rows <= FEW_ROWS
-    block_m = 16 if few else up_to_power(rows, 32, 128)
-    kind = described(packed, few)
+    block_m = 16 if few else up_to_power(rows, 32, 128 if x.dtype != torch.float32 else 32)
+    kind = described(packed, x, few)
     block_n, block_k = kind["BLOCK_N"], kind["BLOCK_K"]
     tiles = (triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))
     parts = max(1, min(PROGRAMS // tiles[1], inputs // LEAST_CUT)) if few else 1
