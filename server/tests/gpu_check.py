@@ -24,7 +24,11 @@ TESTS = ("-m", "pytest", "-m", "gpu", "--numprocesses", str(min(8, os.cpu_count(
 STAGES = {
     "kernels equal their references": (*TESTS, "kernels"),
     "models, sampling and adapters equal transformers and the CPU": (*TESTS, "server/tests/test_device.py"),
-    "captured steps answer as those that are not": (*TESTS, "server/tests/test_captured.py"),
+    "captured and overlapped steps answer as those that are not": (
+        *TESTS,
+        "server/tests/test_captured.py",
+        "server/tests/test_overlap_on_gpus.py",
+    ),
     ATTENTION: (*TESTS, "server/tests/test_flashinfer.py"),
     "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda", "--seconds", "0.1"),
 }
