@@ -64,6 +64,8 @@ pub const KV_PAGES_FREE: &str = "kvrun_kv_pages_free";
 pub const KV_PAGES_USED: &str = "kvrun_kv_pages_used";
 /// KV pages that only the prefix cache holds.
 pub const KV_PAGES_CACHED: &str = "kvrun_kv_pages_cached";
+/// KV pages that adapters lie in.
+pub const KV_PAGES_ADAPTERS: &str = "kvrun_kv_pages_adapters";
 /// Prompt tokens that the prefix cache saved.
 pub const PREFIX_HIT_TOKENS: &str = "kvrun_prefix_hit_tokens_total";
 /// Adapters; label `state`.
@@ -209,6 +211,7 @@ fn describe() {
             KV_PAGES_CACHED,
             "KV pages that only the prefix cache holds.",
         ),
+        (KV_PAGES_ADAPTERS, "KV pages that adapters lie in."),
         (ADAPTERS, "Adapters by state."),
         (
             PROGRESS_AGE,
@@ -297,14 +300,12 @@ pub fn render(page: &PrometheusHandle, engine: &Engine) -> String {
     gauge!(QUEUE_SIZE).set(status.queued);
     gauge!(BATCH_SIZE).set(status.running);
     gauge!(BATCH_MAX_TOKENS).set(f64::from(status.pages) * f64::from(status.page_tokens));
-    let used = status
-        .pages
-        .saturating_sub(status.free_pages)
-        .saturating_sub(status.cached_pages);
+    let used = status.used_pages();
     gauge!(BATCH_TOKENS).set(f64::from(used) * f64::from(status.page_tokens));
     gauge!(KV_PAGES).set(status.pages);
     gauge!(KV_PAGES_FREE).set(status.free_pages);
     gauge!(KV_PAGES_CACHED).set(status.cached_pages);
+    gauge!(KV_PAGES_ADAPTERS).set(status.adapter_pages);
     gauge!(KV_PAGES_USED).set(used);
     gauge!(PROGRESS_AGE).set(status.stalled.as_secs_f64());
     counter!(SHARD_RESTARTS).absolute(status.epoch.saturating_sub(1));

@@ -229,6 +229,8 @@ pub struct Status {
     pub free_pages: u32,
     /// Pages that only the prefix cache holds; they are given up on demand.
     pub cached_pages: u32,
+    /// Pages that adapters lie in; those of adapters that nothing runs under are given up on demand.
+    pub adapter_pages: u32,
     /// Tokens of one page.
     pub page_tokens: u32,
     /// Bytes that adapters may take.
@@ -239,6 +241,14 @@ pub struct Status {
     pub running: u32,
     /// Time since the last outcome while work exists; zero when idle.
     pub stalled: Duration,
+}
+
+impl Status {
+    /// Pages of open requests: neither free, nor cached alone, nor an adapter's.
+    pub fn used_pages(&self) -> u32 {
+        let others = self.free_pages + self.cached_pages + self.adapter_pages;
+        self.pages.saturating_sub(others)
+    }
 }
 
 /// Where an adapter stands.

@@ -272,3 +272,58 @@ async fn adapters_are_loaded_again_after_the_shards_died() {
     let info = bench.engine.adapters().list().remove(0);
     assert_eq!(info.state, AdapterState::Ready);
 }
+
+#[tokio::test]
+async fn adapters_that_lie_in_pages_take_turns_beside_requests() {
+    let names = ["a", "b", "c", "d", "e"];
+    let bench = start(|setup| {
+        setup.ranks = 2;
+        setup.shard.places_adapters = true;
+        setup.shard.pages = 16;
+    })
+    .await;
+    for name in names {
+        write_adapter(&bench.home.path().join("adapters").join(name), name, 5000);
+        let info = bench.engine.adapters().load(bench.spec(name)).await;
+        assert_eq!(info.unwrap().bytes, 5000);
+    }
+    let jobs: Vec<_> = (0..40u64)
+        .map(|number| {
+            let name = names.get(number as usize % 6).copied();
+            let mut request = request(number, 20, 30);
+            request.adapter = name.and_then(|name| bench.adapter(name));
+            (request, name)
+        })
+        .collect();
+    let answers = join_all(jobs.iter().map(|(r, _)| ask(&bench.engine, r.clone()))).await;
+    for ((request, name), (ids, _)) in jobs.iter().zip(answers) {
+        assert_eq!(ids, bench.alone(request, *name));
+    }
+    bench.assert_all_returned().await;
+    let status = bench.engine.status();
+    assert!([5, 10].contains(&status.adapter_pages), "{status:?}");
+    let free = status.free_pages + status.cached_pages;
+    assert_eq!(free + status.adapter_pages, status.pages);
+}
+
+#[tokio::test]
+async fn an_adapter_that_no_pool_of_pages_holds_is_refused() {
+    let mut bench = start(|setup| {
+        setup.shard.places_adapters = true;
+        setup.shard.pages = 16;
+    })
+    .await;
+    bench.write_adapter("a", 16 * 1024);
+    let refused = bench.engine.adapters().load(bench.spec("a")).await;
+    let Err(LoadError::NoRoom(reason)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        reason.contains("takes 16 pages and the pool has 16"),
+        "{reason}"
+    );
+    while bench.shards[0].watch().last().adapters > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bench.assert_all_returned().await;
+}

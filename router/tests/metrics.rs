@@ -115,7 +115,9 @@ async fn gauges_show_the_pool_and_return_to_rest() {
         (0.0, 0.0, 0.0)
     );
     assert_eq!(
-        idle["kvrun_kv_pages_free"] + idle["kvrun_kv_pages_cached"],
+        idle["kvrun_kv_pages_free"]
+            + idle["kvrun_kv_pages_cached"]
+            + idle["kvrun_kv_pages_adapters"],
         idle["kvrun_kv_pages_total"]
     );
 }

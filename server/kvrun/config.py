@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--packed-cache", type=Path, help="folder that keeps weights as the kernels read them, for the next start")
     add("--num-threads", type=int, default=0, help="threads of this rank; 0 = one for each processor it may run on")
     add("--kv-cache-bytes", type=int, default=0, help="bytes for key/value pages; 0 = a share of what is free")
-    add("--adapter-bytes", type=int, default=0, help="bytes for adapters; 0 = a share of what is free")
+    add("--adapter-bytes", type=int, default=0, help="bytes for adapters, on GPUs of the host's memory; 0 = a share of what is free")
     add("--page-tokens", type=int, default=16, help="tokens in a page")
     add("--json-output", action="store_true", help="log one JSON object per line")
     return parser

@@ -100,8 +100,40 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """The moment when all work before is done."""
 
+    def staged(self, size: int) -> Tensor:
+        """Bytes of the host's that `bring` carries here while the host goes on, [size] uint8."""
+
+    def bring(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Arrival:
+        """Begin to copy to each place here what was staged for it, one after another, beside what is computed from now on."""
+
     def describe(self) -> str:
         """Its name and its memory, for people."""
+
+
+class Arrival(Protocol):
+    """Copies on their way."""
+
+    def wait(self, part: int) -> None:
+        """Have what this thread computes next wait until copy `part` and those before it are done."""
+
+
+class Arrived:
+    """Copies that were done at once."""
+
+    def wait(self, part: int) -> None:
+        """See Arrival."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Copies on a stream of their own."""
+
+    index: int  # of the GPU
+    done: Sequence[torch.cuda.Event]  # one for each copy
+
+    def wait(self, part: int) -> None:
+        """See Arrival."""
+        torch.cuda.current_stream(self.index).wait_event(self.done[part])
 
 
 @dataclass(frozen=True)
@@ -205,6 +237,16 @@ class Cpu:
         """Now."""
         return Instant(time.perf_counter_ns())
 
+    def staged(self, size: int) -> Tensor:
+        """See Device."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def bring(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Arrived:
+        """See Device. They are done when this returns."""
+        for to, given in copies:
+            to.copy_(given)
+        return Arrived()
+
     def describe(self) -> str:
         """See Device."""
         threads = kvrun_kernels.get_num_threads()
@@ -292,6 +334,21 @@ class Cuda:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return Passed(event)
+
+    def staged(self, size: int) -> Tensor:
+        """See Device."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def bring(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Streamed:
+        """See Device. They begin when all is done that was given to the GPU before: that may still use these places."""
+        side, done = torch.cuda.Stream(self.index), []
+        side.wait_stream(torch.cuda.current_stream(self.index))
+        with torch.cuda.stream(side):
+            for to, given in copies:
+                to.copy_(given, non_blocking=True)
+                done.append(torch.cuda.Event())
+                done[-1].record(side)
+        return Streamed(self.index, done)
 
     def describe(self) -> str:
         """See Device."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from kvrun.engine.engine import Engine
 from kvrun.engine.images import Image
 from kvrun.engine.memory import MemoryBudget
 from kvrun.engine.sampling import Sampling
-from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
+from kvrun.engine.sequence import Admit, Outcome, Placement, Row, RowOutcome, Step
 from kvrun.lora.adapter import Adapter
 from kvrun.nn.build import LoadedModel, load_model
 
 PAGE_TOKENS, PAGES, STEP_TOKENS, SEQUENCES = 4, 600, 512, 64
+ROOM = 2000  # pages after those of sequences, where adapters are placed in pages
 
 
 class Ranks:
@@ -32,17 +34,21 @@ class Ranks:
         captured: Sequence[int] = (),
         budget: MemoryBudget | None = None,
         arithmetic: Callable[[], AbstractContextManager] = nullcontext,
+        kv_dtype: str | None = None,
     ) -> None:
         """arithmetic: what every call is made within, on a thread of its own"""
         self._threads, self._arithmetic = ThreadPoolExecutor(world), arithmetic
         self.world = world
+        self._wanted: dict[int, int] = {}  # pages of each adapter
+        self._placed: set[int] = set()
+        self._room = PAGES  # where the next adapter is placed
 
         def load(rank: int) -> Engine:
             torch.set_num_threads(1)
             group = Group.join(rendezvous, rank, world, timeout_s=60) if world > 1 else Group.single()
             with arithmetic():
                 model = load_model(folder, dtype=dtype, group=group, quantize=quantize)
-                return Engine(model, group, budget or MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=captured)
+                return Engine(model, group, budget or MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, kv_dtype, captured)
 
         self.engines = list(self._threads.map(load, range(world)))
         self.each(lambda engine: engine.warm())
@@ -58,14 +64,30 @@ class Ranks:
 
     def reserve(self, pages: int = PAGES, adapter_bytes: int = 0) -> None:
         """Forget everything."""
-        self.each(lambda engine: engine.reserve(pages, STEP_TOKENS, SEQUENCES, adapter_bytes))
+        self._wanted, self._placed, self._room = {}, set(), pages
+        more = ROOM * self.engines[0].places_adapters
+        self.each(lambda engine: engine.reserve(pages + more, STEP_TOKENS, SEQUENCES, adapter_bytes))
 
     def load(self, handle: int, path: Path) -> Adapter:
         """Load an adapter on every rank."""
-        return self.each(lambda engine: engine.adapters.load(handle, path.name, str(path)))[0]
+        loaded = self.each(lambda engine: engine.adapters.load(handle, path.name, str(path)))
+        self._wanted[handle] = max(adapter.pages for adapter in loaded)
+        return loaded[0]
 
     def step(self, step: Step) -> Outcome:
-        """Run a step on every rank; the others must have nothing to say."""
+        """Run a step on every rank; the others must have nothing to say.
+
+        Adapters that it does not place itself are placed before their first row.
+        """
+        self._placed -= set(step.displace)
+        self._placed |= {place.adapter for place in step.place}
+        absent = dict.fromkeys(
+            admit.adapter for admit in step.admit if self._wanted.get(admit.adapter) and admit.adapter not in self._placed
+        )
+        for handle in absent:
+            step = replace(step, place=[*step.place, Placement(handle, self._room)])
+            self._room += self._wanted[handle]
+        self._placed |= absent.keys()
         first, *others = self.each(lambda engine: engine.step(step))
         assert all(other.number == step.number and not other.rows for other in others)
         return first
@@ -91,6 +113,15 @@ class Driver:
         self._memory: dict[int, list[int]] = {}
         self._admit: list[Admit] = []
         self._release: list[int] = []
+        self._displace: list[int] = []
+        self._place: list[Placement] = []
+
+    def move(self, handle: int, first: int | None = None) -> None:
+        """Displace an adapter with the next step, or place it in the pages from `first` on."""
+        if first is None:
+            self._displace.append(handle)
+        else:
+            self._place.append(Placement(handle, first))
 
     def add(
         self,
@@ -143,8 +174,8 @@ class Driver:
         """Run one step over the rows given, or over one of each running sequence, and take in what it says."""
         rows = [self.row(sequence, chunk) for sequence in self.running] if rows is None else rows
         self.number += 1
-        step = Step(self.number, self._release, self._admit, rows)
-        self._release, self._admit = [], []
+        step = Step(self.number, self._release, self._admit, rows, self._displace, self._place)
+        self._release, self._admit, self._displace, self._place = [], [], [], []
         outcome = self._step(step)
         assert outcome.number == self.number and [r.sequence for r in outcome.rows] == [r.sequence for r in rows]
         for row, said in zip(rows, outcome.rows, strict=True):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
 import graphs
 import pytest
+import side_streams
 import streams
 import torch
 from kvrun.device import Cuda
@@ -99,9 +101,14 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             streams.current().copy(args[0], args[1].held)
             return args[0]
     known = {id(tensor.held): tensor for tensor in there}
+    graphs.METER.know(tensor.held for tensor in there)
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
     if func is torch.ops.aten._to_copy.default:
         kwargs.pop("pin_memory", None)
+    if (side := side_streams.active()) is not None:
+        assert func is torch.ops.aten.copy_.default, f"{func} was given to a stream of copies"
+        side.give(partial(func, *args, **kwargs))
+        return known[id(args[0])]
     made = func(*args, **kwargs)
     if place.type == "cpu":
         if pinned:
@@ -169,8 +176,8 @@ def gpus(
         "set_device": lambda index: None,
         "set_per_process_memory_fraction": lambda fraction, index: None,
         "_lazy_init": lambda: None,
-        "Event": streams.Event,
         **graphs.SAID,
+        **side_streams.SAID,
     }
     told = nullcontext() if measured else patch.object(Cuda, "peak_bytes", lambda self, run: None)
     with patch.multiple(torch.cuda, **said), patch.object(InterpretedFunction, "run", _launched), told:

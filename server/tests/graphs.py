@@ -6,7 +6,7 @@ any graph of its pool destroys; nothing may wait for the device, carry numbers f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import local
@@ -174,6 +174,11 @@ class Meter:
         if self.on and storage._cdata not in self._live:
             self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             self.peak = max(self.peak, self.now())
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """What is made of these in their place, or is a part of them, takes no memory: they were there before."""
+        for storage in (tensor.untyped_storage() for tensor in tensors if self.on):
+            self._live.setdefault(storage._cdata, (StorageWeakRef(storage), 0))
 
     def now(self) -> int:
         """Bytes that are there."""

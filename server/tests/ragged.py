@@ -50,7 +50,8 @@ class Runner:
     def adapt(self, folder: Path, sequences: list[int]) -> None:
         """Give these sequences an adapter."""
         model = self.model
-        adapter = read_adapter(folder, model.linears, model.dtype, model.decoder.embed, model.device.place)
+        place = model.device.place
+        adapter = read_adapter(folder, model.linears, model.dtype, model.decoder.embed, place).carried(lambda matrix: matrix.to(place))
         self.adapters |= dict.fromkeys(sequences, adapter)
 
     def expect(self, most: dict[int, int]) -> None:

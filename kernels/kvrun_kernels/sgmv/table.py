@@ -47,7 +47,7 @@ class LoraPointers:
         size = self.dtype.itemsize
         strides = np.stack([self.sizes[INPUTS][where], columns]) * size
         self.aligned = not (parts[:, :2] % ALIGNED).any() and not (strides % ALIGNED).any()
-        self.held = torch.from_numpy(np.concatenate([heads, parts.reshape(-1)])).to(first.device)
+        self.held = _staged(np.concatenate([heads, parts.reshape(-1)]), first.device).to(first.device, non_blocking=True)
         self.address = self.held.data_ptr()
 
 
@@ -90,11 +90,7 @@ class LoraTable:
 
         The host does not wait for the copy.
         """
-        contents = torch.from_numpy(self.contents(runs))
-        if self.held.is_cuda:
-            # Pinned blocks come from PyTorch's cache of them, which gives one again only when the copy out of it is done.
-            contents = torch.empty(contents.shape, dtype=contents.dtype, pin_memory=True).copy_(contents)
-        self.held.copy_(contents, non_blocking=True)
+        self.held.copy_(_staged(self.contents(runs), self.held.device), non_blocking=True)
         self._kept = tuple(used for _, _, used in runs)
 
     def contents(self, runs: Sequence[Run]) -> np.ndarray:
@@ -148,3 +144,12 @@ class LoraUse(NamedTuple):
     sites: LoraSites
     tokens: Tensor | None = None
     offsets: Tensor | None = None
+
+
+def _staged(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers where a copy to the device does not hold up the host."""
+    made = torch.from_numpy(numbers)
+    if device.type != "cuda":
+        return made
+    # Pinned blocks come from PyTorch's cache of them, which gives one again only when the copy out of it is done.
+    return torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made)

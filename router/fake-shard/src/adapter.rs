@@ -11,6 +11,8 @@ pub struct Adapter {
     pub digest: String,
     /// Bytes of its weights.
     pub bytes: u64,
+    /// Adjacent pages that it is placed in; 0 = none.
+    pub pages: u32,
     /// `r` of its config.
     pub rank: u32,
     /// `target_modules` of its config.
@@ -50,6 +52,7 @@ pub fn read(path: &Path) -> Result<Adapter, Status> {
     Ok(Adapter {
         digest: format!("{:x}", hash.finalize()),
         bytes,
+        pages: 0,
         rank: config["r"].as_u64().unwrap_or(8) as u32,
         targets: config["target_modules"]
             .as_array()

@@ -19,10 +19,12 @@ macro_rules! rule {
 
 mod beside;
 mod rules;
+mod runs;
 mod sequence;
 
 use beside::Beside;
 use rules::{check_row, check_shared, prompt_tokens, read, write};
+use runs::Runs;
 use sequence::Sequence;
 
 /// Sizes a ledger checks against.
@@ -81,6 +83,7 @@ pub struct Ledger {
     /// Live sequences whose table holds the page.
     users: Vec<u32>,
     adapters: HashMap<u64, Adapter>,
+    runs: Runs,
 }
 
 impl Ledger {
@@ -95,6 +98,7 @@ impl Ledger {
             written: vec![0; sizes.pages as usize],
             users: vec![0; sizes.pages as usize],
             adapters: HashMap::new(),
+            runs: Runs::default(),
         }
     }
 
@@ -109,24 +113,14 @@ impl Ledger {
         Ok(())
     }
 
-    /// Forgets an adapter that no admitted sequence uses.
-    pub fn unload(&mut self, handle: u64) -> Result<(), Breach> {
-        let user = self
-            .sequences
-            .iter()
-            .find(|(_, sequence)| sequence.adapter == handle);
-        if let Some((id, _)) = user {
-            return Err(Breach::Rule(format!(
-                "adapter {handle} unloaded while sequence {id} uses it"
-            )));
-        }
-        self.adapters.remove(&handle);
-        Ok(())
-    }
-
     /// Bytes of all adapters held.
     pub fn adapter_bytes(&self) -> u64 {
         self.adapters.values().map(|adapter| adapter.bytes).sum()
+    }
+
+    /// Pages of the pool.
+    pub fn pages(&self) -> u64 {
+        self.sizes.pages
     }
 
     /// Sequences admitted and not released.
@@ -144,7 +138,8 @@ impl Ledger {
         self.adapters.len()
     }
 
-    /// Computes one step: release, then admit, then rows. The outcome of `answered` was the last one sent when it came.
+    /// Computes one step: release, then displace, then place, then admit, then rows. The outcome of `answered` was the last
+    /// one sent when it came.
     pub fn step(
         &mut self,
         step: &Step,
@@ -168,6 +163,12 @@ impl Ledger {
             for page in sequence.pages.into_iter().chain(sequence.beside.pages) {
                 self.users[page as usize] -= 1;
             }
+        }
+        for &handle in &step.displace {
+            self.displace(handle)?;
+        }
+        for place in &step.place {
+            self.place(place)?;
         }
         let mut total = 0;
         for admit in &step.admit {
@@ -238,7 +239,13 @@ impl Ledger {
         let root = match admit.adapter {
             0 => tokens::root(""),
             handle => match self.adapters.get(&handle) {
-                Some(adapter) => tokens::root(&adapter.digest),
+                Some(adapter) => {
+                    rule!(
+                        adapter.pages == 0 || self.runs.holds(handle),
+                        "sequence {id}: adapter {handle} lies in no pages"
+                    );
+                    tokens::root(&adapter.digest)
+                }
                 None => return Err(Breach::Rule(format!("sequence {id}: no adapter {handle}"))),
             },
         };
@@ -252,6 +259,7 @@ impl Ledger {
                 u64::from(page) < self.sizes.pages && self.users[page as usize] == 0,
                 "sequence {id}: page {page} of its memory is not free"
             );
+            self.runs.check_outside(page, id)?;
             self.users[page as usize] += 1;
             self.pages[page as usize] = vec![beside.memory_chain()];
         }
@@ -286,6 +294,7 @@ impl Ledger {
                 u64::from(page) < self.sizes.pages,
                 "sequence {id}: page {page} is outside the pool"
             );
+            self.runs.check_outside(page, id)?;
             rule!(
                 !sequence.pages.contains(&page),
                 "sequence {id} was given page {page} twice"

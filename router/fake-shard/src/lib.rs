@@ -57,6 +57,8 @@ pub struct Options {
     pub pages: u64,
     /// Most bytes it grants to adapters.
     pub adapter_bytes: u64,
+    /// Whether adapters are placed in pages, as on a device with memory of its own.
+    pub places_adapters: bool,
     /// What its sequences keep.
     pub state: State,
     /// Most steps without an answer that the router may have sent.
@@ -79,6 +81,7 @@ impl Default for Options {
             page_tokens: 16,
             pages: 4096,
             adapter_bytes: 64 << 20,
+            places_adapters: false,
             state: State::Pages,
             in_flight: 1,
             device: "cpu".to_owned(),
@@ -110,6 +113,19 @@ impl Options {
             State::Pages => &["pages"],
         };
         kinds.iter().map(|&kind| kind.to_owned()).collect()
+    }
+
+    fn page_bytes(&self) -> u64 {
+        if self.state == State::Slots { 0 } else { 1024 }
+    }
+
+    /// Pages that an adapter of so many bytes is placed in.
+    fn adapter_pages(&self, bytes: u64) -> u32 {
+        match self.page_bytes() {
+            0 => 0,
+            _ if !self.places_adapters => 0,
+            page => bytes.div_ceil(page) as u32,
+        }
     }
 
     /// What a ledger of `pages` pages checks steps of `step_tokens` tokens in `step_rows` rows against.
@@ -146,7 +162,7 @@ impl Options {
             positions: self.positions,
             end_tokens: self.end_tokens.clone(),
             state_kinds: self.state_kinds(),
-            page_bytes: if self.state == State::Slots { 0 } else { 1024 },
+            page_bytes: self.page_bytes(),
             decoder_start: match self.state {
                 State::Encoder(start) => Some(start),
                 _ => None,

@@ -234,7 +234,8 @@ impl ModelShard for Shard {
         if self.faults.refuses_load() {
             return Err(Status::unavailable("the shard is busy"));
         }
-        let adapter = adapter::read(Path::new(&asked.path))?;
+        let mut adapter = adapter::read(Path::new(&asked.path))?;
+        adapter.pages = self.options.adapter_pages(adapter.bytes);
         let mut state = self.state();
         if asked.epoch != state.epoch {
             return Err(Status::aborted(format!("epoch {} began", state.epoch)));
@@ -255,6 +256,7 @@ impl ModelShard for Shard {
             rank_min: adapter.rank,
             rank_max: adapter.rank,
             targets: adapter.targets.clone(),
+            pages: adapter.pages,
         };
         match state.ledger.load(asked.handle, adapter) {
             Ok(()) => Ok(Response::new(loaded)),

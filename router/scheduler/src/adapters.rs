@@ -3,8 +3,11 @@
 //! States seen from outside: known -> loading -> ready -> draining -> gone. Loads and unloads are orders to the engine;
 //! nothing here waits, and a request waits only for its own adapter.
 
+mod audit;
+mod places;
 mod residency;
 
+use crate::pages::Run;
 use crate::{AdapterId, Time};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -80,6 +83,8 @@ pub struct AdapterView {
     pub digest: Option<Arc<str>>,
     /// Bytes on the fullest rank; an estimate before the first load.
     pub bytes: u64,
+    /// Pages of the pool that it lies in while it is used, on the rank that wants most; 0 = none, or not known yet.
+    pub pages: u32,
     /// Open requests.
     pub users: u32,
     /// Exempt from eviction.
@@ -88,6 +93,10 @@ pub struct AdapterView {
     pub leaving: bool,
     /// Sequences that the shard may still hold under it.
     held: u32,
+    /// Sequences under it that run.
+    running: u32,
+    /// Where it lies now.
+    place: Option<Run>,
     /// Takes no further rows for waiting requests, so that another adapter gets its turn.
     yielding: bool,
     used_at: Time,
@@ -109,6 +118,8 @@ pub struct Adapters {
     early: BTreeSet<AdapterId>,
     leaving: BTreeSet<AdapterId>,
     by_handle: BTreeMap<u64, AdapterId>,
+    /// Handles that the shard loaded and nobody can use.
+    useless: BTreeMap<u64, places::Useless>,
     capacity: u64,
     serving: bool,
     last_id: u64,
@@ -124,10 +135,13 @@ impl Adapters {
             residency: Residency::Absent,
             digest: None,
             bytes: estimate,
+            pages: 0,
             users: 0,
             pinned,
             leaving: false,
             held: 0,
+            running: 0,
+            place: None,
             yielding: false,
             used_at: now,
             resident_since: now,
@@ -230,6 +244,14 @@ impl Adapters {
     pub(crate) fn hold(&mut self, id: AdapterId) {
         if let Some(view) = self.all.get_mut(&id) {
             view.held += 1;
+            view.running += 1;
+        }
+    }
+
+    /// Such a sequence is about to be released.
+    pub(crate) fn rest(&mut self, id: AdapterId) {
+        if let Some(view) = self.all.get_mut(&id) {
+            view.running -= 1;
         }
     }
 
@@ -261,7 +283,7 @@ impl Adapters {
         &mut self,
         handle: u64,
         digest: &str,
-        bytes: u64,
+        (bytes, pages): (u64, u32),
         now: Time,
     ) -> Option<(AdapterId, bool)> {
         let id = *self.by_handle.get(&handle)?;
@@ -273,6 +295,7 @@ impl Adapters {
         view.residency = Residency::Resident { handle };
         view.digest = Some(Arc::from(digest));
         view.bytes = bytes;
+        view.pages = pages;
         view.resident_since = now;
         view.deadly_loads = 0;
         view.unanswered = 0;
@@ -281,6 +304,7 @@ impl Adapters {
 
     /// An unload is done.
     pub(crate) fn unloaded(&mut self, handle: u64) {
+        self.useless.remove(&handle);
         let Some(id) = self.by_handle.remove(&handle) else {
             return;
         };
@@ -297,9 +321,12 @@ impl Adapters {
     pub(crate) fn epoch_lost(&mut self) -> Vec<AdapterId> {
         self.serving = false;
         self.by_handle.clear();
+        self.useless.clear();
         let mut deadly = Vec::new();
         for (&id, view) in &mut self.all {
             view.held = 0;
+            view.running = 0;
+            view.place = None;
             view.yielding = false;
             let loading = matches!(view.residency, Residency::Loading { .. });
             match view.residency {
@@ -337,44 +364,16 @@ impl Adapters {
 
     /// Bytes taken on the shard, loads and unloads under way included.
     pub fn taken(&self) -> u64 {
-        self.bytes_of(|view| {
-            !matches!(view.residency, Residency::Absent | Residency::Failed { .. })
-        })
+        let useless: u64 = self.useless.values().map(|useless| useless.bytes).sum();
+        useless
+            + self.bytes_of(|view| {
+                !matches!(view.residency, Residency::Absent | Residency::Failed { .. })
+            })
     }
 
     /// Bytes of the adapters that count.
     fn bytes_of(&self, counts: impl Fn(&AdapterView) -> bool) -> u64 {
         let views = self.all.values().filter(|view| counts(view));
         views.map(|view| view.bytes).sum()
-    }
-
-    /// Checks users and holders against counts taken elsewhere; the text names the adapter and what disagrees.
-    pub(crate) fn audit(
-        &self,
-        users: &BTreeMap<AdapterId, u32>,
-        held: &BTreeMap<AdapterId, u32>,
-    ) -> Result<(), String> {
-        for (id, view) in &self.all {
-            let (open, on_shard) = (
-                users.get(id).copied().unwrap_or(0),
-                held.get(id).copied().unwrap_or(0),
-            );
-            if (view.users, view.held) != (open, on_shard) {
-                return Err(format!(
-                    "adapter {}: {} users and {} holders counted, {open} and {on_shard} exist",
-                    id.0, view.users, view.held
-                ));
-            }
-            if view.held > 0 && !matches!(view.residency, Residency::Resident { .. }) {
-                return Err(format!(
-                    "adapter {} left while {} sequences use it",
-                    id.0, view.held
-                ));
-            }
-        }
-        match users.keys().find(|id| !self.all.contains_key(id)) {
-            Some(id) => Err(format!("adapter {} is gone while requests use it", id.0)),
-            None => Ok(()),
-        }
     }
 }

@@ -10,20 +10,23 @@ impl Scheduler {
             self.sequences
                 .values()
                 .flat_map(|sequence| [sequence.table.as_slice(), sequence.memory.as_slice()]),
+            self.adapters.placed().map(|(_, run)| run),
         )?;
         self.audit_places()?;
-        let (mut users, mut held) = (BTreeMap::new(), BTreeMap::new());
+        let (mut users, mut held, mut running) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (id, sequence) in &self.sequences {
             if let Some(adapter) = sequence.request.adapter {
                 *users.entry(adapter).or_default() += 1;
                 if self.running.contains(id) {
                     *held.entry(adapter).or_default() += 1;
+                    *running.entry(adapter).or_default() += 1;
                 }
             }
         }
         self.releasing()
             .for_each(|adapter| *held.entry(adapter).or_default() += 1);
-        self.adapters.audit(&users, &held)?;
+        self.adapters.audit(&users, &held, &running)?;
         let open = self.fairness.open_requests();
         if open != self.sequences.len() as u32 {
             return Err(format!(

@@ -1,6 +1,6 @@
 //! Steps on their way: what the shards were told in this epoch and have not answered.
 
-use crate::step::{Reply, Row, RowReply, Violation};
+use crate::step::{Placement, Reply, Row, RowReply, Violation};
 use crate::{AdapterId, Time};
 use std::collections::VecDeque;
 
@@ -14,6 +14,10 @@ pub(crate) struct Epoch {
     pub(crate) in_flight: VecDeque<InFlight>,
     /// Released with the next step.
     pub(crate) release: Vec<Released>,
+    /// Handles of adapters displaced with the next step.
+    pub(crate) displace: Vec<u64>,
+    /// Placed with the next step.
+    pub(crate) place: Vec<Placement>,
     /// When the last answer came.
     answered_at: Time,
 }
@@ -52,6 +56,8 @@ impl Epoch {
             steps: 0,
             in_flight: VecDeque::new(),
             release: Vec::new(),
+            displace: Vec::new(),
+            place: Vec::new(),
             answered_at: Time::ZERO,
         }
     }
@@ -63,7 +69,7 @@ impl Epoch {
 
     /// Whether nothing is in flight and nothing is left to tell.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.in_flight.is_empty() && self.release.is_empty()
+        self.in_flight.is_empty() && self.release.is_empty() && self.displace.is_empty()
     }
 
     /// Takes the step out of flight that `reply` answers, which must be the oldest; also the time that it took, which

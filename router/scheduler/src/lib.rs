@@ -4,6 +4,7 @@
 //! request. No I/O, no clock, no randomness: the same calls give the same steps, which is what makes it simulable.
 
 mod adapters;
+mod admit;
 mod ahead;
 mod audit;
 mod budget;
@@ -13,6 +14,7 @@ mod fairness;
 mod flight;
 mod lookup;
 mod pages;
+mod placing;
 mod plan;
 #[cfg(test)]
 mod planted;
@@ -41,8 +43,8 @@ pub use sequence::{Journal, Request};
 pub use span::Span;
 pub use speculate::Guessed;
 pub use step::{
-    Acceptance, Admission, Event, Failure, Finish, Refusal, Reply, Row, RowReply, Step, Violation,
-    What,
+    Acceptance, Admission, Event, Failure, Finish, Placement, Refusal, Reply, Row, RowReply, Step,
+    Violation, What,
 };
 
 use chunk::Chunk;
@@ -338,6 +340,9 @@ impl Scheduler {
         self.pages.give_back(&mut sequence.table);
         self.pages.give_back(&mut sequence.memory);
         sequence.forget();
+        if let Some(adapter) = sequence.request.adapter {
+            self.adapters.rest(adapter);
+        }
         if let Some(epoch) = &mut self.epoch {
             let released = Released {
                 sequence: id,

@@ -1,10 +1,15 @@
 //! The page pool: who holds each page, which are free, and which only the prefix cache remembers.
 //!
-//! A page is in exactly one of three places: free, in use (at least one sequence's table holds it), or idle (published
-//! in the cache, held by nobody, given up on demand).
+//! A page is in exactly one of four places: free, in use (at least one sequence's table holds it), idle (published
+//! in the cache, held by nobody, given up on demand), or in the run of adjacent pages that an adapter lies in.
+
+mod runs;
+
+pub(crate) use runs::Run;
 
 use crate::prefix::{Key, PrefixIndex};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// How many pages are where; they always add up to the pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -15,30 +20,39 @@ pub struct PageCounts {
     pub used: u32,
     /// Pages that only the prefix cache holds.
     pub cached: u32,
+    /// Pages that adapters lie in.
+    pub adapters: u32,
 }
 
 /// All pages of one epoch.
 #[derive(Debug, Default)]
 pub struct Pages {
-    free: Vec<u32>,
+    free: BTreeSet<u32>,
+    /// Of each page: tables that hold it; 1 in an adapter's run.
     users: Vec<u32>,
     index: PrefixIndex,
     /// Idle pages by the moment they became idle, oldest first.
     idle: BTreeMap<u64, u32>,
     idle_since: Vec<u64>,
     ticks: u64,
+    /// Pages of all runs.
+    lent: u32,
+    /// Where a run shall fit once its users are gone: others are handed out first.
+    cleared: Range<u32>,
 }
 
 impl Pages {
     /// A pool of `count` free pages.
     pub fn new(count: u32) -> Self {
         Self {
-            free: (0..count).rev().collect(),
+            free: (0..count).collect(),
             users: vec![0; count as usize],
             index: PrefixIndex::new(count),
             idle: BTreeMap::new(),
             idle_since: vec![0; count as usize],
             ticks: 0,
+            lent: 0,
+            cleared: 0..0,
         }
     }
 
@@ -58,22 +72,34 @@ impl Pages {
         PageCounts {
             free,
             cached,
-            used: self.total() - free - cached,
+            adapters: self.lent,
+            used: self.total() - free - cached - self.lent,
         }
     }
 
-    /// Hands out a page for one sequence to write, evicting the page that has been idle longest when none is free.
+    /// Hands out the lowest free page for one sequence to write, evicting the page that has been idle longest when none
+    /// is free. What shall become a run is handed out last.
     pub fn take(&mut self) -> Option<u32> {
-        let page = match self.free.pop() {
-            Some(page) => page,
-            None => {
-                let (_, page) = self.idle.pop_first()?;
-                self.index.forget(page);
-                page
-            }
-        };
-        self.users[page as usize] = 1;
+        let Range { start, end } = self.cleared;
+        let outside = |page: &&u32| !(start..end).contains(*page);
+        let below = self.free.range(..start).next();
+        let page = below
+            .or_else(|| self.free.range(end..).next())
+            .or_else(|| self.idle.values().find(outside))
+            .or_else(|| self.free.first())
+            .or_else(|| self.idle.values().next());
+        let page = *page?;
+        self.claim(page);
         Some(page)
+    }
+
+    /// Takes a free or an idle page for one user.
+    fn claim(&mut self, page: u32) {
+        if !self.free.remove(&page) {
+            self.idle.remove(&self.idle_since[page as usize]);
+            self.index.forget(page);
+        }
+        self.users[page as usize] = 1;
     }
 
     /// The longest run of published pages under `keys`, without taking them.
@@ -113,7 +139,7 @@ impl Pages {
                 continue;
             }
             if !self.index.holds(page) {
-                self.free.push(page);
+                self.free.insert(page);
                 continue;
             }
             self.ticks += 1;
@@ -122,12 +148,18 @@ impl Pages {
         }
     }
 
-    /// Checks the pool against the tables of all sequences; the text names the page and what disagrees.
-    pub fn audit<'a>(&self, tables: impl Iterator<Item = &'a [u32]>) -> Result<(), String> {
+    /// Checks the pool against the tables of all sequences and the runs of all adapters; the text names the page and what
+    /// disagrees.
+    pub fn audit<'a>(
+        &self,
+        tables: impl Iterator<Item = &'a [u32]>,
+        runs: impl Iterator<Item = Run>,
+    ) -> Result<(), String> {
         let mut holders = vec![0u32; self.users.len()];
         for &page in tables.flatten() {
             holders[page as usize] += 1;
         }
+        self.audit_runs(&mut holders, runs)?;
         let mut places = vec![0u32; self.users.len()];
         for &page in self.free.iter().chain(self.idle.values()) {
             places[page as usize] += 1;
@@ -179,6 +211,7 @@ mod tests {
             free: 1,
             used: 0,
             cached: 1,
+            adapters: 0,
         };
         assert_eq!(pages.counts(), counts);
     }
@@ -208,9 +241,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pages_are_conserved(moves in prop::collection::vec((0u8..4, 0usize..8), 1..200)) {
+        fn pages_are_conserved(moves in prop::collection::vec((0u8..7, 0usize..8), 1..200)) {
             let mut pages = Pages::new(16);
             let mut tables: Vec<Vec<u32>> = vec![Vec::new(); 8];
+            let mut runs: Vec<Run> = Vec::new();
             for (move_, who) in moves {
                 match move_ {
                     0 => tables[who].extend(pages.take()),
@@ -218,6 +252,11 @@ mod tests {
                     2 => if let Some(&page) = tables[who].last() {
                         pages.publish(page, key(who as u8));
                     },
+                    3 => runs.extend(pages.find_run(1 + who as u32 / 2, &[]).inspect(|&run| pages.lend(run))),
+                    4 => if let Some(run) = runs.pop() {
+                        pages.take_back(run);
+                    },
+                    5 => pages.clear_for(who as u32),
                     _ => for page in pages.find(&[key(who as u8)]) {
                         if !tables[who].contains(&page) {
                             pages.share(page);
@@ -225,7 +264,7 @@ mod tests {
                         }
                     },
                 }
-                pages.audit(tables.iter().map(Vec::as_slice)).unwrap();
+                pages.audit(tables.iter().map(Vec::as_slice), runs.iter().copied()).unwrap();
             }
         }
     }

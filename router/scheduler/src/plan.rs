@@ -2,15 +2,11 @@
 
 use crate::budget::Draft;
 use crate::flight::InFlight;
-use crate::prefix::Key;
-use crate::span::cut_at;
-use crate::step::{Admission, Event, Failure, Row, Step, What};
-use crate::{AdapterId, AdapterOrder, Scheduler, Time, waiting};
+use crate::step::{Admission, Failure, Row, Step};
+use crate::{AdapterOrder, Scheduler, Time, waiting};
 
-/// A request is admitted with room for this many tokens of its answer, so that it is not preempted at once.
-const HEADROOM_TOKENS: u32 = 128;
 /// After so many preemptions a request comes back only with all pages it can ever need, and never gives way again.
-const PREEMPTIONS: u32 = 3;
+pub(crate) const PREEMPTIONS: u32 = 3;
 
 impl Scheduler {
     /// What adapters have to be loaded and unloaded now.
@@ -22,6 +18,18 @@ impl Scheduler {
         let oldest = self.queue.oldest_by_adapter();
         for id in self.adapters.plan(now, &oldest, &mut orders) {
             self.fail_adapter(now, id);
+        }
+        #[cfg(test)]
+        if self.has(crate::PlantedBug::LeakRun) {
+            return orders;
+        }
+        for order in &orders {
+            // Calls and steps are not ordered among each other: what leaves the shard leaves its pages by a step.
+            if let AdapterOrder::Unload { handle } = *order
+                && let Some(adapter) = self.adapters.of_handle(handle)
+            {
+                self.displace(adapter);
+            }
         }
         orders
     }
@@ -74,7 +82,7 @@ impl Scheduler {
             self.charge(row.sequence, row.known());
         }
         let epoch = self.epoch.as_mut()?;
-        if rows.is_empty() && epoch.release.is_empty() {
+        if rows.is_empty() && epoch.release.is_empty() && epoch.displace.is_empty() {
             return None;
         }
         let released = std::mem::take(&mut epoch.release);
@@ -91,6 +99,8 @@ impl Scheduler {
             epoch: epoch.number,
             number: epoch.steps,
             release: released.iter().map(|released| released.sequence).collect(),
+            displace: std::mem::take(&mut epoch.displace),
+            place: std::mem::take(&mut epoch.place),
             admit,
             rows: rows.clone(),
         };
@@ -200,7 +210,7 @@ impl Scheduler {
 
     /// Adds a row for a running sequence, unless an image is next and does not fit; its new page, if any, is the last of
     /// its table.
-    fn continue_row(&mut self, id: u64, draft: &mut Draft) -> bool {
+    pub(crate) fn continue_row(&mut self, id: u64, draft: &mut Draft) -> bool {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return true;
         };
@@ -222,8 +232,8 @@ impl Scheduler {
         true
     }
 
-    /// Gives a running sequence pages for every known or pending token; the youngest give way, itself included. False
-    /// when it did.
+    /// Gives a running sequence pages for every known or pending token; adapters that nothing runs under give way, then the
+    /// youngest sequences, itself included. False when it did.
     fn grow(&mut self, id: u64) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -242,8 +252,12 @@ impl Scheduler {
             if lacks == 0 {
                 return true;
             }
+            let adapter = sequence.request.adapter;
             if let Some(page) = self.pages.take() {
                 sequence.table.push(page);
+                continue;
+            }
+            if self.displace_coldest(adapter) {
                 continue;
             }
             let may_give_way = |id: &&u64| {
@@ -269,123 +283,5 @@ impl Scheduler {
             self.preemptions += 1;
             self.queue.push(waiting(id, sequence));
         }
-    }
-
-    fn plan_waiting(&mut self, now: Time, draft: &mut Draft, admit: &mut Vec<Admission>) {
-        // Every running sequence needs a row and a token in each step.
-        let most = self.config.step_rows.min(self.step_tokens) as usize;
-        while draft.has_room() && self.running.len() < most {
-            let adapters = &self.adapters;
-            let usable = |id: Option<AdapterId>| id.is_none_or(|id| adapters.usable(id));
-            let Some(id) = self.queue.next(&self.fairness, now, usable) else {
-                return;
-            };
-            // Whoever is next waits for pages and nobody overtakes, or the large would starve.
-            if !self.admit(now, id, draft, admit) {
-                return;
-            }
-        }
-    }
-
-    /// Moves a waiting request to the shard if its pages fit; shared ones are found in the prefix cache.
-    fn admit(&mut self, now: Time, id: u64, draft: &mut Draft, admit: &mut Vec<Admission>) -> bool {
-        let alone = self.running.is_empty();
-        let width = self.model.page_tokens;
-        let Some(sequence) = self.sequences.get_mut(&id) else {
-            return false;
-        };
-        let (handle, digest) = match sequence
-            .request
-            .adapter
-            .map(|id| self.adapters.resident(id))
-        {
-            None => (0, ""),
-            Some(Some(resident)) => resident,
-            Some(None) => return false,
-        };
-        #[cfg(test)]
-        let digest = match self.planted {
-            Some(crate::PlantedBug::KeyWithoutAdapter) => "",
-            _ => digest,
-        };
-        let salt = match self.config.share_prefixes {
-            true => "",
-            false => &*sequence.request.tenant,
-        };
-        let long = sequence.request.is_long(&self.model);
-        let root = Key::root(&self.model.digest, digest, salt);
-        let root = if long { root.of_long() } else { root };
-        #[cfg(test)]
-        let root = match self.planted {
-            Some(crate::PlantedBug::KeyWithoutLength) => {
-                Key::root(&self.model.digest, digest, salt)
-            }
-            _ => root,
-        };
-        sequence.set_root(root);
-        let known = sequence.journal.len();
-        let mut table = Vec::new();
-        if sequence.request.reuse_prefix && sequence.request.shares(&self.model) {
-            // The last token is always computed: its logits are what the row is for.
-            table = self.pages.find(sequence.keys((known - 1) / width, width));
-        }
-        let work = loop {
-            let work = sequence.work_from(table.len() as u32 * width, &self.model);
-            match cut_at(&work.whole, work.start) {
-                Some(span) => table.truncate((span.start / width) as usize),
-                None => break work,
-            }
-        };
-        let (memory, payload) = (sequence.request.memory_tokens, sequence.request.payload);
-        if !draft.takes(memory, payload, &work) {
-            return false;
-        }
-        let shared = table.len() as u32;
-        let whole = known + sequence.unanswered();
-        let (target, headroom) = if sequence.preemptions >= PREEMPTIONS {
-            (whole.div_ceil(width), 0)
-        } else if alone {
-            (known.div_ceil(width), 0)
-        } else {
-            let roomy = (known + HEADROOM_TOKENS).min(whole).div_ceil(width);
-            let target = known.div_ceil(width);
-            (target, roomy - target)
-        };
-        let beside = memory.div_ceil(width);
-        let available = self.pages.available() - self.pages.idle_among(&table);
-        if target - shared + headroom + beside > available {
-            return false;
-        }
-        table.iter().for_each(|&page| self.pages.share(page));
-        table.extend((shared..target).map_while(|_| self.pages.take()));
-        self.queue.remove(waiting(id, sequence));
-        sequence.table = table;
-        sequence.memory = (0..beside).map_while(|_| self.pages.take()).collect();
-        sequence.acknowledge(shared * width);
-        sequence.published = shared;
-        sequence.sent = 0;
-        if !sequence.started {
-            sequence.started = true;
-            let what = What::Started {
-                queued: now.saturating_sub(sequence.submitted),
-                cached_tokens: shared * width,
-            };
-            self.events.push(Event { request: id, what });
-        }
-        if let Some(adapter) = sequence.request.adapter {
-            self.adapters.hold(adapter);
-        }
-        self.running.insert(id);
-        admit.push(Admission {
-            sequence: id,
-            adapter: handle,
-            memory: sequence.memory.clone(),
-            long,
-        });
-        draft.admit(memory, payload);
-        self.fairness
-            .charge(sequence.tenant, sequence.request.adapter, memory);
-        self.continue_row(id, draft);
-        true
     }
 }

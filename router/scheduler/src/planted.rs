@@ -39,4 +39,16 @@ pub enum PlantedBug {
     UnholdEarly,
     /// A death counts twice for a sequence with two rows in flight.
     StrikeTwice,
+    /// An adapter is placed at the end of the pool, whoever has pages there.
+    PlaceOverOthers,
+    /// Adapters are displaced whether or not their sequences run.
+    DisplaceInUse,
+    /// The shard is not told to place an adapter before its rows.
+    RowsBeforePlacement,
+    /// The shard is not told that an adapter's pages are others' now.
+    DisplaceUntold,
+    /// An adapter that is unloaded keeps its pages.
+    LeakRun,
+    /// Adapters are taken to lie where they lay in the last epoch.
+    KeepPlaces,
 }

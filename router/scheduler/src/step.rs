@@ -2,7 +2,8 @@
 
 use crate::Time;
 
-/// One turn of the shards. Release comes first, then admission, then the rows.
+/// One turn of the shards. Release comes first, then adapters leave pages and come into others, then admission, then the
+/// rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     /// The epoch it belongs to.
@@ -11,10 +12,23 @@ pub struct Step {
     pub number: u64,
     /// Sequences that the shard forgets.
     pub release: Vec<u64>,
+    /// Handles of adapters that give up their pages.
+    pub displace: Vec<u64>,
+    /// Adapters that come into pages.
+    pub place: Vec<Placement>,
     /// Sequences that the shard has not seen; their tokens are in the journal.
     pub admit: Vec<Admission>,
     /// What to compute.
     pub rows: Vec<Row>,
+}
+
+/// An adapter on its way into a run of adjacent pages, as many as it was loaded with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    /// The shard's name for it.
+    pub adapter: u64,
+    /// The lowest of the pages.
+    pub first: u32,
 }
 
 /// A sequence on its way to the shard.

@@ -2,7 +2,7 @@
 
 use crate::sequence::{Request, Sequence};
 use crate::step::Refusal;
-use crate::{Scheduler, Time, waiting};
+use crate::{AdapterId, Scheduler, Time, waiting};
 
 impl Scheduler {
     /// Queues a request; answers with its id.
@@ -46,20 +46,27 @@ impl Scheduler {
         if asked > limit || request.prompt.is_empty() || request.max_new_tokens == 0 {
             return Err(Refusal::TooLong { asked, limit });
         }
-        let (asked, limit) = self.pool_tokens(asked, request.memory_tokens);
+        let (asked, limit) = self.pool_tokens(asked, request.memory_tokens, request.adapter);
         if asked > limit {
             return Err(Refusal::TooLong { asked, limit });
         }
         self.check_indivisible(request)
     }
 
-    /// What a sequence of `tokens` tokens takes of the pool beside its memory, and what the pool holds; both in tokens.
-    pub(crate) fn pool_tokens(&self, tokens: u32, memory: u32) -> (u32, u32) {
+    /// What a sequence of `tokens` tokens takes of the pool with its memory, and what the pool holds beside its adapter, as
+    /// far as is known what that takes; both in tokens.
+    pub(crate) fn pool_tokens(
+        &self,
+        tokens: u32,
+        memory: u32,
+        adapter: Option<AdapterId>,
+    ) -> (u32, u32) {
         let width = self.model.page_tokens;
         let pages = tokens
             .div_ceil(width)
             .saturating_add(memory.div_ceil(width));
-        (pages.saturating_mul(width), self.pool.saturating_mul(width))
+        let left = self.pool.saturating_sub(self.adapters.pages(adapter));
+        (pages.saturating_mul(width), left.saturating_mul(width))
     }
 
     /// A step must hold all of a memory and a token of the prompt, and all of an image whose ids see each other.

@@ -166,7 +166,8 @@ fn a_request_whose_adapter_loads_stops_nobody() {
     let base = toy.ask("t", 10, 3);
     assert_eq!(sizes(&toy.turn()), [(base, 10)]);
     assert_eq!(sizes(&toy.turn()), [(base, 1)]);
-    toy.scheduler.adapter_loaded(toy.now, handle, "digest", 10);
+    toy.scheduler
+        .adapter_loaded(toy.now, handle, "digest", 10, 0);
     let step = toy.turn();
     assert_eq!(sizes(&step), [(base, 1), (waits, 10)]);
     assert_eq!(step.admit[0].adapter, handle);

@@ -59,6 +59,8 @@ pub struct Info {
     pub cuda_graphs: Vec<u32>,
     /// Whether the next step is planned and sent while one is computed.
     pub overlap: bool,
+    /// Where the pages of the pool are.
+    pub pages: Pages,
     /// Module names that adapters may change.
     pub lora_targets: Vec<String>,
     /// What a sequence keeps on the shards: "pages", "slots", "memory".
@@ -69,6 +71,21 @@ pub struct Info {
     pub images: bool,
     /// Names of the adapters that can be asked for.
     pub adapters: Vec<String>,
+}
+
+/// Pages of keys and values, right now; the other four add up to `total`.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct Pages {
+    /// Of the pool.
+    pub total: u32,
+    /// Hold nothing.
+    pub free: u32,
+    /// Of open requests.
+    pub used: u32,
+    /// Held by the prefix cache alone.
+    pub cached: u32,
+    /// Adapters lie in them.
+    pub adapters: u32,
 }
 
 /// What is served, with which limits.
@@ -114,6 +131,13 @@ pub async fn info(State(app): State<App>) -> Json<Info> {
         kernels: description.kernels.into_iter().collect(),
         cuda_graphs: status.captured.clone(),
         overlap: status.overlap,
+        pages: Pages {
+            total: status.pages,
+            free: status.free_pages,
+            used: status.used_pages(),
+            cached: status.cached_pages,
+            adapters: status.adapter_pages,
+        },
         lora_targets: description.lora_targets,
         state_kinds: description.state_kinds,
         off: off.iter().map(|off| (off.feature, off.reason)).collect(),

@@ -22,8 +22,13 @@ impl Driver {
             Called::Unloaded(handle) => self.scheduler.adapter_unloaded(handle),
             Called::Loaded(handle, Ok(loaded)) => {
                 let id = self.scheduler.adapters().of_handle(handle);
-                self.scheduler
-                    .adapter_loaded(now, handle, &loaded.digest, loaded.bytes);
+                self.scheduler.adapter_loaded(
+                    now,
+                    handle,
+                    &loaded.digest,
+                    loaded.bytes,
+                    loaded.pages,
+                );
                 if let Some(id) = id {
                     self.registry.describe(id, &loaded);
                 }

@@ -311,7 +311,8 @@ impl Group {
         }
     }
 
-    /// Loads an adapter on every rank. The answer has rank 0's facts and the bytes of the fullest rank.
+    /// Loads an adapter on every rank. The answer has rank 0's facts, the bytes of the fullest rank and the pages of the one
+    /// that wants most.
     pub(super) fn load(
         &self,
         handle: u64,
@@ -351,6 +352,7 @@ impl Group {
                 }
             };
             let bytes = loaded.iter().map(|rank| rank.bytes).max().unwrap_or(0);
+            let pages = loaded.iter().map(|rank| rank.pages).max().unwrap_or(0);
             let first = loaded
                 .first()
                 .cloned()
@@ -359,7 +361,11 @@ impl Group {
                 true => Err(Status::invalid_argument(
                     "the ranks read different files for one adapter",
                 )),
-                false => Ok(LoadedAdapter { bytes, ..first }),
+                false => Ok(LoadedAdapter {
+                    bytes,
+                    pages,
+                    ..first
+                }),
             }
         }
     }

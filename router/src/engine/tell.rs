@@ -113,6 +113,7 @@ impl Driver {
         status.running = load.running;
         status.free_pages = load.pages.free;
         status.cached_pages = load.pages.cached;
+        status.adapter_pages = load.pages.adapters;
         drop(shown);
         // Only once the status says so too: whoever waits for this may ask for it next.
         if ready && self.announced != self.last_epoch {

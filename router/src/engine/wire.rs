@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use kvrun_proto::{Admit, Image, Outcome, Row, Step, Token};
+use kvrun_proto::{Admit, Image, Outcome, Placement, Row, Step, Token};
 use kvrun_scheduler::{Reply, RowReply, Scheduler};
 
 use super::tell::Open;
@@ -46,6 +46,15 @@ pub(super) fn step(
             })
             .collect(),
         release: step.release,
+        displace: step.displace,
+        place: step.place.into_iter().map(placement).collect(),
+    }
+}
+
+fn placement(place: kvrun_scheduler::Placement) -> Placement {
+    Placement {
+        adapter: place.adapter,
+        first: place.first,
     }
 }
 

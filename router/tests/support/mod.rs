@@ -171,8 +171,7 @@ impl Bench {
     pub async fn assert_all_returned(&self) {
         let returned = || {
             let status = self.engine.status();
-            let idle = (status.queued, status.running) == (0, 0)
-                && status.free_pages + status.cached_pages == status.pages;
+            let idle = (status.queued, status.running) == (0, 0) && status.used_pages() == 0;
             let shards = self.shards.iter().all(|shard| {
                 let held = shard.watch().last();
                 (held.sequences, held.pages) == (0, 0)

@@ -30,6 +30,7 @@ from kvrun.engine.turn import Chosen, Told, Turn, choices, samples
 from kvrun.errors import ImageError, OutOfMemory, ProtocolError, is_out_of_memory
 from kvrun.lora.adapter import targets
 from kvrun.lora.fixed import usual_adapter
+from kvrun.lora.placed import Room
 from kvrun.lora.table import AdapterTable, Run
 from kvrun.nn.loaded import LoadedModel
 from kvrun.nn.recorded import Recordings
@@ -65,7 +66,7 @@ class Engine:
         self.model = model
         self.page_tokens = page_tokens
         self.kv_dtype = stored_type(kv_dtype) if kv_dtype else model.dtype
-        self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed, model.device.place)
+        self.adapters = AdapterTable(model.linears, model.dtype, model.decoder.embed, model.device)
         self._group = group
         self._budget = budget
         self._pool: Pool | None = None
@@ -82,6 +83,11 @@ class Engine:
     def page_bytes(self) -> int:
         """Bytes of one page of this rank, all layers."""
         return self.model.page_bytes(self.page_tokens, self.kv_dtype)
+
+    @property
+    def places_adapters(self) -> bool:
+        """Whether adapters wait on the host and lie in pages while they are used: where the model has memory of its own, and pages."""
+        return not self.model.device.shared and self.page_bytes > 0
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -133,6 +139,7 @@ class Engine:
             "images": None if model.sight is None else model.sight.rule(self.page_tokens),
         }
 
+    @torch.inference_mode()
     def reserve(self, pages: int, step_tokens: int, sequences: int, adapter_bytes: int) -> Grant:
         """Forget every sequence and adapter and allocate pages. Raises OutOfMemory, ProtocolError.
 
@@ -146,14 +153,18 @@ class Engine:
         if pool is None or pool.slots.slots != slots or (pages and pages != pool.kv.pages):
             self._pool = self._recorded = self._sequences = pool = None  # before the next one, so that both never exist at once
             self.adapters.reset(0)
-            beside = self._beside(step_tokens, sequences, self._budget.adapters(adapter_bytes))
-            granted_pages = self._budget.pages(pages, self.page_bytes, reach * sequences, slots, self.model.slot_bytes, beside)
+            adapters = self._budget.adapters(adapter_bytes, self.places_adapters)
+            beside = self._beside(step_tokens, sequences, 0 if self.places_adapters else adapters)
+            useful = reach * sequences
+            if useful and self.places_adapters:
+                useful += adapters // self.page_bytes  # for all that may be loaded at once
+            granted_pages = self._budget.pages(pages, self.page_bytes, useful, slots, self.model.slot_bytes, beside)
             self._pool = pool = self.model.pool(granted_pages, self.page_tokens, self.kv_dtype, slots)
             self._recorded = self.model.recorded(pool, self._captured(sequences))
             if self._recorded.sizes:
                 log.info("decoding steps are captured", extra={"fields": {"rows": self._recorded.sizes}})
-        granted = self._budget.adapters(adapter_bytes)
-        self.adapters.reset(granted)
+        granted = self._budget.adapters(adapter_bytes, self.places_adapters)
+        self.adapters.reset(granted, Room(pool.kv.layers, pool.kv.pages) if self.places_adapters else None)
         self._open = None
         self._limits, self._number = (step_tokens, sequences), 0
         self._sequences = SequenceTable(
@@ -218,6 +229,8 @@ class Engine:
         self._number = step.number
         for number in step.release:
             self._sequences.release(number)
+        if step.displace or step.place:
+            self.adapters.move(step.displace, [(place.adapter, place.first) for place in step.place], self._sequences.handles)
         begun = [self._sequences.admit(admit, self.adapters.get(admit.adapter)) for admit in step.admit]
         if self._must_know(step.rows):
             self._conclude(tell)
@@ -228,6 +241,7 @@ class Engine:
         live = [item for item in work if not item[1].is_lost(step.number)]
         lost = [sequence for _, sequence in work if sequence.is_lost(step.number)]
         parts = self._compute([live[index] for index in batches.by_adapter(live)], began, tell)
+        self.adapters.settle()
         self._open = turn = Turn(step, lost, parts, self._group.rank)
         if turn.landed or len(parts) > 1:
             turn.outcome()

@@ -26,6 +26,7 @@ class MemoryBudget:
     adapter_bytes: int = 0
     ranks: int = 1
     free: Callable[[], int] = available_bytes  # bytes, where the model lies
+    free_on_host: Callable[[], int] = available_bytes
 
     def pages(self, asked: int, page_bytes: int, useful: int, slots: int = 0, slot_bytes: int = 0, beside: int | None = None) -> int:
         """Pages to grant beside `slots`: what was asked for, or what the budget holds but no more than could ever be in use.
@@ -54,6 +55,7 @@ class MemoryBudget:
             raise OutOfMemory(f"--kv-cache-bytes {self.kv_cache_bytes} does not fit: {found}; lower it, or --max-batch-prefill-tokens")
         return left
 
-    def adapters(self, asked: int) -> int:
-        """Bytes that adapters may take: what was asked for, else the flag, else a share of what is free."""
-        return asked or self.adapter_bytes or int(self.free() * ADAPTERS_SHARE / self.ranks)
+    def adapters(self, asked: int, on_host: bool = False) -> int:
+        """Bytes that adapters may take: what was asked for, else the flag, else a share of what is free where they wait."""
+        free = self.free_on_host if on_host else self.free
+        return asked or self.adapter_bytes or int(free() * ADAPTERS_SHARE / self.ranks)

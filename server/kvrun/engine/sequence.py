@@ -48,13 +48,23 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """An adapter by its handle, and the lowest of the adjacent pages that it is brought into."""
+
+    adapter: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One turn of the engine: release, then admit, then compute rows."""
+    """One turn of the engine: release, then displace, then place, then admit, then compute rows."""
 
     number: int
     release: Items[int]
     admit: Items[Admit]
     rows: Items[Row]
+    displace: Items[int] = ()  # handles of adapters that leave their pages
+    place: Items[Placement] = ()  # adapters that come into pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +222,11 @@ class SequenceTable:
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    @property
+    def handles(self) -> set[int]:
+        """Of the adapters that sequences use."""
+        return {sequence.handle for sequence in self._sequences.values()}
 
     def release(self, number: int) -> None:
         """Forget a sequence; one that was never admitted is forgotten already."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from kvrun_kernels import ops
@@ -25,7 +26,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 SHOWN = 10  # tensors in a message
 HOST = torch.device("cpu")
+EMBEDDING = -1  # where a linear's number stands, the embedding
 Home = tuple[int, Source]  # a site and what of it a module feeds
+
+
+class Coming(Protocol):
+    """An adapter on its way: see lora.placed.Coming."""
+
+    def wait(self, site: int) -> None:
+        """Have what this thread computes next wait until what linear `site` reads is there."""
+
+    def finish(self) -> None:
+        """The same for all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +61,35 @@ class Adapter:
     ranks: tuple[int, ...]  # one per changed module
     targets: tuple[str, ...]  # last parts of the changed modules' names, e.g. "q_proj"
     embedding: EmbeddingDelta | None = None
+    sites: int = 0  # linears of the model that it was cut for
+    pages: int = 0  # adjacent pages that it is placed in before it is used; 0 = it lies where it is used
+    coming: Coming | None = None  # what has to be waited for in the step that places it
     pointers: ops.LoraPointers | None = None  # where a GPU finds all updates; None elsewhere, and where there are none
+
+    def carried(self, where: Callable[[Tensor], Tensor]) -> Adapter:
+        """The same with every matrix as `where` answers for it; one that many linears share is asked for once."""
+        there: dict[Tensor, Tensor] = {}
+
+        def moved(t: Tensor) -> Tensor:
+            if t not in there:
+                there[t] = where(t)
+            return there[t]
+
+        ends = None if self.embedding is None else self.embedding.carried(moved)
+        deltas = {site: tuple(Delta(moved(d.a), moved(d.bt), d.column) for d in changed) for site, changed in self.deltas.items()}
+        updates = _updates(deltas)
+        return replace(self, deltas=deltas, updates=updates, embedding=ends, pointers=ops.lora_pointers(updates, self.sites))
+
+    def matrices(self) -> dict[Tensor, list[int]]:
+        """Every matrix with the linears that read it, in the order in which a step computes them; EMBEDDING stands for the embedding."""
+        found: dict[Tensor, list[int]] = {}
+        for matrix in () if self.embedding is None else self.embedding.matrices:
+            found.setdefault(matrix, []).append(EMBEDDING)
+        for site in sorted(self.deltas):
+            for delta in self.deltas[site]:
+                found.setdefault(delta.a, []).append(site)
+                found.setdefault(delta.bt, []).append(site)
+        return found
 
 
 def targets(linears: Iterable[Site], embedding: EmbeddingSite | None = None) -> list[str]:
@@ -66,9 +106,9 @@ def read_adapter(
     embedding: EmbeddingSite | None = None,
     place: torch.device = HOST,
 ) -> Adapter:
-    """Read, check and cut an adapter for this rank's linears and the embedding. Raises AdapterError or AdapterNotFound.
+    """Read, check and cut an adapter for this rank's linears and the embedding, on the host. Raises AdapterError or AdapterNotFound.
 
-    It is cut on the host, checked there, and then lies at `place`, where the model does.
+    place: where the model lies
     """
     config_bytes, weight_bytes = _contents(Path(folder))
     digest = hashlib.sha256(config_bytes)
@@ -99,25 +139,23 @@ def read_adapter(
                 if source.alias is not None and source.alias.parameter == module:
                     one = parameters.of_one(held_a, scaled_b, source.alias, config.rank(module))
                 deltas.setdefault(site, []).append(_cut(*one, source, dtype))
-    lying = _moved(deltas, place)
-    held = [t for changed in lying.values() for delta in changed for t in (delta.a, delta.bt)]
+    held = [t for changed in deltas.values() for delta in changed for t in (delta.a, delta.bt)]
     if changed_rows is not None:
-        held += [changed_rows.table, *(segment.bt for segment in changed_rows.update.segments)]
+        held += changed_rows.matrices
     # Checked as held: a narrower dtype may turn a finite weight into an infinite one.
     if not all(bool(torch.isfinite(t).all()) for t in held):
         raise AdapterError(f"not finite in {_name(dtype)}: {_listed(_unsound(tensors) or tensors)}; its training diverged")
-    updates = {site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in lying.items()}
     return Adapter(
         digest=digest.hexdigest(),
-        deltas=lying,
-        updates=updates,
+        deltas={site: tuple(changed) for site, changed in deltas.items()},
+        updates=_updates(deltas),
         # Many linears may share one A, whose bytes count once.
         bytes=sum({(store := t.untyped_storage()).data_ptr(): store.nbytes() for t in held}.values()),
         matched=matched,
         ranks=tuple(a.shape[0] for a, _ in pairs.values()) + (() if changed_rows is None else (changed_rows.table.shape[1],)),
         targets=tuple(sorted({_target(module) for module in (*pairs, *([embedding.module] if embedding and changed_rows else ()))})),
         embedding=changed_rows,
-        pointers=ops.lora_pointers(updates, 1 + max((linear.site for linear in linears), default=0)),
+        sites=1 + max((linear.site for linear in linears), default=0),
     )
 
 
@@ -209,14 +247,8 @@ def _cut(a: Tensor, b: Tensor, source: Source, dtype: torch.dtype) -> Delta:
     return Delta(a, b.index_select(0, source.rows).T.to(dtype).contiguous(), source.column)
 
 
-def _moved(deltas: Mapping[int, Sequence[Delta]], place: torch.device) -> dict[int, tuple[Delta, ...]]:
-    """The deltas with their matrices at `place`, one that many of them share as one still."""
-    there: dict[int, Tensor] = {}
-
-    def moved(t: Tensor) -> Tensor:
-        return there.setdefault(id(t), t if t.device == place else t.to(place))
-
-    return {site: tuple(Delta(moved(d.a), moved(d.bt), d.column) for d in changed) for site, changed in deltas.items()}
+def _updates(deltas: Mapping[int, Iterable[Delta]]) -> dict[int, ops.LoraSegments]:
+    return {site: ops.LoraSegments(ops.Segment(0, 0, d.a, d.bt, d.column) for d in changed) for site, changed in deltas.items()}
 
 
 def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,21 @@ class EmbeddingDelta:
 
     table: Tensor  # [vocabulary, rank]
     update: ops.LoraSegments  # over rows of `table`: A is one, B is [rank, width]
+
+    @classmethod
+    def of(cls, table: Tensor, one: Tensor, bt: Tensor) -> EmbeddingDelta:
+        """one: [rank, rank]"""
+        return cls(table, ops.LoraSegments([ops.Segment(0, 0, one, bt, 0)]))
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `of` makes it of."""
+        (segment,) = self.update.segments
+        return self.table, segment.a, segment.bt
+
+    def carried(self, where: Callable[[Tensor], Tensor]) -> EmbeddingDelta:
+        """The same with every matrix as `where` answers for it."""
+        return EmbeddingDelta.of(*map(where, self.matrices))
 
 
 def renamed(tensors: Mapping[str, Tensor], linears: Iterable[Site]) -> dict[str, Tensor]:
@@ -59,7 +74,7 @@ def embedding_delta(
 ) -> EmbeddingDelta | None:
     """Take the embedding's A, B and base copy out of the tensors; None when the adapter does not change it. Raises AdapterError.
 
-    It lies at `place`, as the embedding's rows do.
+    place: where the embedding's rows lie
     """
     found: dict[str, Tensor] = {}
     for name in list(tensors):
@@ -80,9 +95,8 @@ def embedding_delta(
         if tuple(found[side].shape) != shape or not found[side].is_floating_point():
             shown = f"{str(found[side].dtype).removeprefix('torch.')} {list(found[side].shape)}, not {list(shape)}"
             raise AdapterError(f"wrong shape: {site.module}.lora_embedding_{side} is {shown}; the adapter belongs to another model")
-    bt = (found["B"].float() * config.scale(site.module)).T.to(place, dtype).contiguous()
-    one = torch.eye(rank, dtype=dtype, device=place)
-    return EmbeddingDelta(found["A"].T.to(place, dtype).contiguous(), ops.LoraSegments([ops.Segment(0, 0, one, bt, 0)]))
+    bt = (found["B"].float() * config.scale(site.module)).T.to(dtype).contiguous()
+    return EmbeddingDelta.of(found["A"].T.to(dtype).contiguous(), torch.eye(rank, dtype=dtype), bt)
 
 
 def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -24,6 +24,7 @@ class Batch(Protocol):
 
     @property
     def pointed(self) -> list[tuple[int, int, ops.LoraPointers]] | None: ...
+    def arrive(self) -> None: ...
 
 
 class FixedAdapters:
@@ -46,6 +47,9 @@ class FixedAdapters:
         """None of its own: what the table holds is a step's."""
         return None
 
+    def arrive(self) -> None:
+        """Nothing: `fill` waited."""
+
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """See nn.linear.LinearDelta."""
         ops.lora(y, x, ops.LoraUse(self._table, ops.LoraSites((site,))))
@@ -58,7 +62,7 @@ class FixedAdapters:
         """Nothing: embeddings are looked up before."""
 
     def fill(self, batch: Batch) -> bool:
-        """Have the table hold a step's adapters; False where one has no place in it, and nothing is changed."""
+        """Have the table hold a step's adapters, and wait for those; False where one has no place in it, and nothing is changed."""
         if self._filled is not None and self._filled() is batch:
             return True
         if batch.pointed is None:
@@ -67,6 +71,7 @@ class FixedAdapters:
             self._table.fill(batch.pointed)
         except ValueError:  # of a larger rank, or laid out otherwise
             return False
+        batch.arrive()
         self._filled = ref(batch)
         return True
 

@@ -39,6 +39,9 @@ class LinearDelta(Protocol):
     def pointed(self) -> list[tuple[int, int, LoraPointers]] | None:
         """Runs of tokens whose adapter changes linears, and where a GPU finds it; None where that is not how it is found."""
 
+    def arrive(self) -> None:
+        """Have what is computed next wait until all of these adapters are there."""
+
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """Add to y, in place, what the adapters of its rows make of x. x [T, in_features] · y [T, out_features]."""
 

@@ -7,7 +7,7 @@ from grpclib import Status
 from kvrun import errors
 from kvrun.engine.images import Image
 from kvrun.engine.sampling import Sampling, TokenLogprob
-from kvrun.engine.sequence import Admit, Outcome, Row, RowOutcome, Step
+from kvrun.engine.sequence import Admit, Outcome, Placement, Row, RowOutcome, Step
 from kvrun.rpc.pb import model_shard_pb2 as pb
 
 # The first row that an error is an instance of decides.
@@ -34,6 +34,8 @@ def to_step(message: pb.Step) -> Step:
         release=message.release,
         admit=[to_admit(admit) for admit in message.admit],
         rows=[Row(row.sequence, row.start, row.tokens, row.pages, row.sample, row.drafts) for row in message.rows],
+        displace=message.displace,
+        place=[Placement(place.adapter, place.first) for place in message.place],
     )
 
 

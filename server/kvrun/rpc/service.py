@@ -174,6 +174,7 @@ class ModelShard(ModelShardBase):
             rank_min=min(adapter.ranks),
             rank_max=max(adapter.ranks),
             targets=adapter.targets,
+            pages=adapter.pages,
         )
 
     def _begin(self, engine: Engine, request: pb.ReserveRequest) -> Grant:

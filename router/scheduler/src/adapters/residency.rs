@@ -16,7 +16,8 @@ const PAUSE: Time = Time::from_millis(250);
 impl Adapters {
     /// Whether `plan` could have anything to order.
     pub(crate) fn restless(&self) -> bool {
-        self.serving && !(self.wanted.is_empty() && self.leaving.is_empty())
+        let quiet = self.wanted.is_empty() && self.leaving.is_empty() && !self.has_useless();
+        self.serving && !quiet
     }
 
     /// Orders what may be loaded and unloaded now. `oldest` says since when requests wait for each adapter.
@@ -28,6 +29,7 @@ impl Adapters {
         orders: &mut Vec<AdapterOrder>,
     ) -> Vec<AdapterId> {
         self.dismiss(orders);
+        self.unload_useless(orders);
         let mut refused = Vec::new();
         let mut queue: Vec<_> = self
             .wanted

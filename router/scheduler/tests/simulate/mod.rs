@@ -139,3 +139,33 @@ fn an_adapter_that_leaves_before_its_last_row_is_found() {
 fn a_death_that_counts_twice_is_found() {
     is_found(PlantedBug::StrikeTwice);
 }
+
+#[test]
+fn an_adapter_placed_over_the_pages_of_others_is_found() {
+    is_found(PlantedBug::PlaceOverOthers);
+}
+
+#[test]
+fn an_adapter_displaced_under_its_rows_is_found() {
+    is_found(PlantedBug::DisplaceInUse);
+}
+
+#[test]
+fn a_row_before_its_adapter_is_placed_is_found() {
+    is_found(PlantedBug::RowsBeforePlacement);
+}
+
+#[test]
+fn an_adapter_s_pages_used_again_without_a_word_are_found() {
+    is_found(PlantedBug::DisplaceUntold);
+}
+
+#[test]
+fn pages_that_an_unloaded_adapter_keeps_are_found() {
+    is_found(PlantedBug::LeakRun);
+}
+
+#[test]
+fn an_adapter_taken_to_lie_where_it_lay_before_the_shard_died_is_found() {
+    is_found(PlantedBug::KeepPlaces);
+}

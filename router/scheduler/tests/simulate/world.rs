@@ -8,6 +8,7 @@ macro_rules! hold {
     };
 }
 
+mod adapters;
 mod beside;
 mod clients;
 mod fair;
@@ -61,6 +62,7 @@ struct Client {
 struct Folder {
     digest: String,
     bytes: u64,
+    pages: u32,
     loaded: Option<String>,
     broken: bool,
     left: bool,
@@ -89,6 +91,8 @@ pub struct World {
     sizes: Sizes,
     kind: Kind,
     adapter_bytes: u64,
+    /// Most pages that an adapter takes; 0 = they lie elsewhere.
+    adapter_pages: u32,
     epoch: u64,
     /// Steps on their way; the shard computes one when it is answered, however much happened since it was sent.
     in_flight: VecDeque<Sent>,
@@ -157,6 +161,10 @@ impl World {
             })
             .collect();
         let adapter_bytes = rng.random_range(10..60);
+        let adapter_pages = match rng.random_bool(0.7) {
+            true => rng.random_range(1..24),
+            false => 0,
+        };
         Self {
             rng,
             told,
@@ -166,6 +174,7 @@ impl World {
             sizes,
             kind,
             adapter_bytes,
+            adapter_pages,
             epoch: 0,
             in_flight: VecDeque::new(),
             answered: 0,
@@ -291,125 +300,6 @@ impl World {
         self.scheduler.lose_epoch(self.now);
         self.hear(None)?;
         self.judge_culprits()
-    }
-
-    /// Adapters are registered, unloaded, pinned, asked for again, or changed on disk.
-    fn churn(&mut self) -> Result<(), String> {
-        let registered: Vec<_> = self.folders.keys().copied().collect();
-        let Some(&id) = registered
-            .choose(&mut self.rng)
-            .filter(|_| self.rng.random_bool(0.6))
-        else {
-            let pinned = self.rng.random_bool(0.1);
-            let adapters = self.scheduler.adapters_mut();
-            let id = match self.folders.len() % 3 {
-                0 => adapters.register_early(0, pinned, self.now),
-                _ => adapters.register(0, pinned, self.now),
-            };
-            let folder = Folder {
-                digest: format!("digest {}", self.rng.random_range(0..1000)),
-                bytes: self.rng.random_range(1..40),
-                loaded: None,
-                broken: self.rng.random_bool(0.1),
-                left: false,
-                was_unusable: false,
-            };
-            self.tell(|| format!("adapter {} of {} bytes is registered", id.0, folder.bytes));
-            self.folders.insert(id, folder);
-            return self.orders();
-        };
-        let adapters = self.scheduler.adapters_mut();
-        match self.rng.random_range(0..8) {
-            0..3 => {
-                adapters.leave(id);
-                self.folders
-                    .get_mut(&id)
-                    .into_iter()
-                    .for_each(|folder| folder.left = true);
-                self.tell(|| format!("adapter {} leaves", id.0));
-            }
-            3 => {
-                adapters.pin(id, self.rng.random_bool(0.3));
-            }
-            4 => {
-                let digest = format!("changed {}", self.rng.random_range(0..1000));
-                self.folders
-                    .get_mut(&id)
-                    .into_iter()
-                    .for_each(|folder| folder.digest = digest.clone());
-            }
-            _ => adapters.want(id),
-        }
-        self.orders()
-    }
-
-    fn orders(&mut self) -> Result<(), String> {
-        for order in self.scheduler.plan_adapters(self.now) {
-            self.tell(|| format!("{order:?}"));
-            self.calls.push(match order {
-                AdapterOrder::Load { adapter, handle } => Call::Load(adapter, handle),
-                AdapterOrder::Unload { handle } => Call::Unload(handle),
-            });
-        }
-        self.hear(None)
-    }
-
-    fn finish_call(&mut self) -> Result<(), String> {
-        if self.calls.is_empty() {
-            return self.orders();
-        }
-        let index = self.rng.random_range(0..self.calls.len());
-        let call = self.calls.swap_remove(index);
-        let Some(shard) = &mut self.shard else {
-            return Err("a call outlived its epoch".to_owned());
-        };
-        match call {
-            Call::Unload(handle) => {
-                shard
-                    .unload(handle)
-                    .map_err(|breach| format!("{breach:?}"))?;
-                self.seen.evictions += 1;
-                self.scheduler.adapter_unloaded(handle);
-            }
-            Call::Load(id, handle) => {
-                let folder = self
-                    .folders
-                    .get_mut(&id)
-                    .ok_or("an unknown adapter is loaded")?;
-                if self.troubled && self.rng.random_bool(0.1) {
-                    self.seen.unanswered_loads += 1;
-                    self.scheduler.adapter_load_failed(
-                        self.now,
-                        handle,
-                        LoadFault::Unanswered,
-                        "the shard is busy",
-                    );
-                } else if folder.broken || shard.adapter_bytes() + folder.bytes > self.adapter_bytes
-                {
-                    let fault = if folder.broken {
-                        LoadFault::Unfit
-                    } else {
-                        LoadFault::NoRoom
-                    };
-                    self.scheduler
-                        .adapter_load_failed(self.now, handle, fault, "it does not load");
-                } else {
-                    let adapter = kvrun_fake_shard::adapter::Adapter {
-                        digest: folder.digest.clone(),
-                        bytes: folder.bytes,
-                        rank: 8,
-                        targets: Vec::new(),
-                    };
-                    shard
-                        .load(handle, adapter)
-                        .map_err(|breach| format!("{breach:?}"))?;
-                    folder.loaded = Some(folder.digest.clone());
-                    self.scheduler
-                        .adapter_loaded(self.now, handle, &folder.digest, folder.bytes);
-                }
-            }
-        }
-        self.orders()
     }
 
     /// Either the next step is planned, or the oldest in flight is answered; both may go wrong.
@@ -581,6 +471,8 @@ impl World {
         };
         self.seen.steps += 1;
         self.judge_rows(&step)?;
+        self.seen.placed += step.place.len() as u64;
+        self.seen.displaced += step.displace.len() as u64;
         self.judge_turns(&step)?;
         let wire = wire(&self.scheduler, &step, &self.clients);
         self.tell(|| format!("{step:?}"));

@@ -143,7 +143,9 @@ impl World {
                         hold!(self.epoch == 0, "not ready in epoch {}", self.epoch)
                     }
                     Refusal::TooLong { asked, limit } => {
-                        let beside = request.memory_tokens > 0 && asked > total;
+                        let folder = adapter.and_then(|id| self.folders.get(&id));
+                        let pages = folder.map_or(0, |folder| folder.pages);
+                        let beside = (request.memory_tokens > 0 || pages > 0) && asked >= total;
                         hold!(
                             (asked == total || beside) && asked > limit,
                             "{total} tokens refused under {limit}"

@@ -250,9 +250,10 @@ impl World {
         }
         self.check()?;
         let pages = self.scheduler.load().pages;
-        hold!(pages.used == 0, "{pages:?} at idle");
+        hold!(pages.used + pages.adapters == 0, "{pages:?} at idle");
         if let Some(shard) = &self.shard {
-            let held = (shard.live(), shard.pages_in_use(), shard.adapters());
+            let pages = shard.pages_in_use() + shard.adapter_pages();
+            let held = (shard.live(), pages, shard.adapters());
             hold!(
                 held == (0, 0, 0),
                 "the shard still holds {held:?} (sequences, pages, adapters)"

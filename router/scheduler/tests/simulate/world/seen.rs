@@ -29,6 +29,9 @@ pub struct Seen {
     pub(super) turns: u64,
     pub(super) right_guesses: u64,
     pub(super) wrong_guesses: u64,
+    pub(super) placed: u64,
+    pub(super) displaced: u64,
+    pub(super) too_large: u64,
 }
 
 impl Seen {
@@ -43,7 +46,7 @@ impl Seen {
         assert!(self.values().iter().all(|&count| count > 0), "{self:?}");
     }
 
-    fn all(&mut self) -> [&mut u64; 26] {
+    fn all(&mut self) -> [&mut u64; 29] {
         [
             &mut self.steps,
             &mut self.ahead,
@@ -71,10 +74,13 @@ impl Seen {
             &mut self.turns,
             &mut self.right_guesses,
             &mut self.wrong_guesses,
+            &mut self.placed,
+            &mut self.displaced,
+            &mut self.too_large,
         ]
     }
 
-    fn values(&self) -> [u64; 26] {
+    fn values(&self) -> [u64; 29] {
         [
             self.steps,
             self.ahead,
@@ -102,6 +108,9 @@ impl Seen {
             self.turns,
             self.right_guesses,
             self.wrong_guesses,
+            self.placed,
+            self.displaced,
+            self.too_large,
         ]
     }
 }

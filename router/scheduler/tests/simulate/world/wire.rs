@@ -41,6 +41,15 @@ pub(super) fn wire(
         epoch: step.epoch,
         number: step.number,
         release: step.release.clone(),
+        displace: step.displace.clone(),
+        place: step
+            .place
+            .iter()
+            .map(|place| kvrun_proto::Placement {
+                adapter: place.adapter,
+                first: place.first,
+            })
+            .collect(),
         admit: admit.collect(),
         rows: rows.collect(),
     }
