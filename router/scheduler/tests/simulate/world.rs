@@ -26,11 +26,10 @@ use clients::Culprit;
 use kvrun_fake_shard::faults::{Faults, Mark};
 use kvrun_fake_shard::ledger::{Breach, Ledger, Sizes};
 use kvrun_scheduler::{
-    Acceptance, AdapterId, AdapterOrder, Config, Grant, LoadFault, Model, PlantedBug, Reply,
-    Request, RowReply, Scheduler, Step, Time,
+    Acceptance, AdapterId, Config, Grant, Model, PlantedBug, Reply, Request, RowReply, Scheduler,
+    Step, Time,
 };
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use wire::wire;
