@@ -280,6 +280,7 @@ async fn adapters_that_lie_in_pages_take_turns_beside_requests() {
         setup.ranks = 2;
         setup.shard.places_adapters = true;
         setup.shard.pages = 16;
+        setup.engine.queue_tokens = 10_000;
     })
     .await;
     for name in names {

@@ -18,10 +18,11 @@ from kvrun.engine.sampling import Sampling
 from kvrun.engine.sequence import Placement
 from kvrun.errors import ProtocolError
 from kvrun.lora.adapter import Adapter, Delta
-from kvrun.lora.placed import LINE, Coming, Room
+from kvrun.lora.placed import Coming, Room
 from kvrun.nn.build import load_model
 from kvrun.rpc import convert
 from kvrun.rpc.pb import model_shard_pb2 as pb
+from kvrun_kernels.sgmv.table import ALIGNED
 from test_captured import served  # noqa: F401
 from test_device import Wire
 
@@ -224,6 +225,6 @@ def test_every_matrix_lies_whole_on_a_line_in_the_fewest_pages(shapes, widths, f
     assert all(torch.equal(a, b) for a, b in zip(host.matrices(), placed.matrices(), strict=True))
     for matrix in placed.matrices():
         (layer,) = [layer for layer in layers if layer.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()]
-        assert (matrix.data_ptr() - layer.data_ptr()) % LINE == 0
+        assert (matrix.data_ptr() - layer.data_ptr()) % ALIGNED == 0
     assert all(not layer[:first].any() for layer in layers), "pages before its own"
     assert pages == 1 or room._spots([-(-matrix.nbytes // LINE) * LINE for matrix in host.matrices()], pages - 1) is None

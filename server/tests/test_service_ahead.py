@@ -10,7 +10,7 @@ import pytest
 from driver import PAGE_TOKENS, Driver
 from elsewhere import gpus, need, settle
 from grpclib.health.check import ServiceStatus
-from kvrun.device import Cuda, Flight
+from kvrun.device import Cuda
 from kvrun.dist import Group
 from kvrun.engine.engine import Engine
 from kvrun.engine.memory import MemoryBudget
@@ -23,6 +23,7 @@ from kvrun.rpc.pb import model_shard_pb2 as pb
 from kvrun.rpc.pb import model_shard_pb2_grpc as rpc
 from kvrun.rpc.process import listen
 from kvrun.rpc.service import Identity, ModelShard
+from kvrun.underway import Flight
 from wire import Steps
 
 PROMPT = [5, 99, 31, 7]

@@ -18,7 +18,6 @@ import kvrun_kernels
 import torch
 from torch import Tensor
 
-from kvrun.device import Mark
 from kvrun.dist import Group
 from kvrun.engine import batch as batches
 from kvrun.engine.batch import Work, judged
@@ -36,6 +35,7 @@ from kvrun.nn.loaded import LoadedModel
 from kvrun.nn.recorded import Recordings
 from kvrun.state.pages import stored_name, stored_type
 from kvrun.state.pool import Pool
+from kvrun.underway import Mark
 
 T = TypeVar("T")
 log = logging.getLogger("kvrun.engine")

@@ -12,12 +12,11 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+from kvrun_kernels.sgmv.table import ALIGNED
 from torch import Tensor
 
 from kvrun.errors import ProtocolError
 from kvrun.lora.adapter import Adapter
-
-LINE = 16  # bytes, of the widest load: every matrix begins at a multiple of it
 
 
 class Arrival(Protocol):
@@ -87,7 +86,7 @@ class Room:
     def pack(self, adapter: Adapter, carrier: Carrier) -> Packed:
         """Lay an adapter out on the host for as few pages as hold it, more than there are if need be."""
         matrices = adapter.matrices()
-        sizes = [-(-matrix.nbytes // LINE) * LINE for matrix in matrices]
+        sizes = [-(-matrix.nbytes // ALIGNED) * ALIGNED for matrix in matrices]
         pages, spots = self._fitted(sizes)
         filled = [0] * len(self._widths)
         for spot, size in zip(spots, sizes, strict=True):
@@ -107,7 +106,7 @@ class Room:
         pages, adapter = packed.adapter.pages, packed.adapter
         if first + pages > self._pages:
             raise ProtocolError(f"it wants {pages} pages from {first} on, and {self._pages} are reserved")
-        begins = [-(-first * width // LINE) * LINE for width in self._widths]
+        begins = [-(-first * width // ALIGNED) * ALIGNED for width in self._widths]
         copies: list[tuple[Tensor, Tensor]] = []
         parts, begin = dict[int, int](), 0
         for stretch, end in enumerate(packed.ends):
@@ -139,7 +138,7 @@ class Room:
 
     def _spots(self, sizes: Sequence[int], pages: int) -> list[Spot] | None:
         # Where pages begin off the line, a stretch loses what is left of one.
-        rooms = [(pages * width - (LINE - 1 if width % LINE else 0)) // LINE * LINE for width in self._widths]
+        rooms = [(pages * width - (ALIGNED - 1 if width % ALIGNED else 0)) // ALIGNED * ALIGNED for width in self._widths]
         spots, stretch, at = [], 0, 0
         for size in sizes:
             while at + size > rooms[stretch]:
