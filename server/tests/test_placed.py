@@ -227,4 +227,4 @@ def test_every_matrix_lies_whole_on_a_line_in_the_fewest_pages(shapes, widths, f
         (layer,) = [layer for layer in layers if layer.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()]
         assert (matrix.data_ptr() - layer.data_ptr()) % ALIGNED == 0
     assert all(not layer[:first].any() for layer in layers), "pages before its own"
-    assert pages == 1 or room._spots([-(-matrix.nbytes // LINE) * LINE for matrix in host.matrices()], pages - 1) is None
+    assert pages == 1 or room._spots([-(-matrix.nbytes // ALIGNED) * ALIGNED for matrix in host.matrices()], pages - 1) is None
