@@ -51,6 +51,8 @@ class Launches:
 
     def step(self, step: Step | None) -> Outcome | None:
         """Launch a step, or none, on every rank; rank 0's outcome of the step before."""
+        if step is not None:
+            step = self._ranks.placed(step)
         first, *others = self._ranks.each(lambda engine: self._launch(engine, step))
         assert all(other is None or not other.rows for other in others)
         return first

@@ -74,11 +74,8 @@ class Ranks:
         self._wanted[handle] = max(adapter.pages for adapter in loaded)
         return loaded[0]
 
-    def step(self, step: Step) -> Outcome:
-        """Run a step on every rank; the others must have nothing to say.
-
-        Adapters that it does not place itself are placed before their first row.
-        """
+    def placed(self, step: Step) -> Step:
+        """The step with a place for each adapter that wants one, that it admits the first sequence with and does not place itself."""
         self._placed -= set(step.displace)
         self._placed |= {place.adapter for place in step.place}
         absent = dict.fromkeys(
@@ -88,6 +85,11 @@ class Ranks:
             step = replace(step, place=[*step.place, Placement(handle, self._room)])
             self._room += self._wanted[handle]
         self._placed |= absent.keys()
+        return step
+
+    def step(self, step: Step) -> Outcome:
+        """Run a step on every rank; the others must have nothing to say."""
+        step = self.placed(step)
         first, *others = self.each(lambda engine: engine.step(step))
         assert all(other.number == step.number and not other.rows for other in others)
         return first

@@ -287,7 +287,10 @@ def test_a_step_is_planned_while_the_one_before_runs(gpu, wide, checkpoint):
     model = load_model(checkpoint("gemma2"), dtype="float32", device=gpu)
     engine = Engine(model, Group.single(), MemoryBudget(1 << 26, 1 << 26), PAGE_TOKENS, captured=(2, 4))
     found = []
-    for follow in (Driver(engine.step), Ahead(launches := Launches(SimpleNamespace(each=lambda call: [call(engine)])))):
+    for follow in (
+        Driver(engine.step),
+        Ahead(launches := Launches(SimpleNamespace(each=lambda call: [call(engine)], placed=lambda step: step))),
+    ):
         engine.reserve(PAGES, STEP_TOKENS, SEQUENCES, 0)
         for index, prompt in enumerate(ASKED):
             follow.add(index, prompt, 4 + index)

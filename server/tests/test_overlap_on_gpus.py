@@ -11,11 +11,12 @@ import streams
 from ahead import COUNTS, WAYS, Ahead, Launches, follow
 from driver import Driver, Ranks
 from elsewhere import gpus, need, settle
-from kvrun.device import Cuda, Flight
+from kvrun.device import Cuda
 from kvrun.engine import batch as batches
 from kvrun.engine import engine as engines_of
 from kvrun.nn.batch import Fed
 from kvrun.nn.build import load_model
+from kvrun.underway import Flight
 from test_device import Wire
 
 FLOWING = ("greedy", "drawn", "penalised", "scored")  # what never waits
