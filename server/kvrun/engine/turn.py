@@ -10,11 +10,11 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
+from kvrun.device import Landing, Mark
 from kvrun.engine.batch import Work, judged
 from kvrun.engine.sampler import FAILED, Choice, Scored
 from kvrun.engine.sampling import TokenLogprob
 from kvrun.engine.sequence import Outcome, Row, RowOutcome, Sequence, Step
-from kvrun.underway import Landing, Mark
 
 NAN_LOGITS = "nan_logits: the model's scores for the next token are not finite numbers"
 
