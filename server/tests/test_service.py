@@ -167,7 +167,7 @@ def test_adapters_load_beside_steps_and_say_what_matched(shard, epoch, adapter):
 
 
 def test_a_thread_that_reads_an_adapter_computes_where_the_model_lies():
-    begun, adapter = [], SimpleNamespace(digest="", bytes=1, matched=2, ranks=(3,), targets=("q_proj",))
+    begun, adapter = [], SimpleNamespace(digest="", bytes=1, matched=2, ranks=(3,), targets=("q_proj",), pages=0)
     engine = SimpleNamespace(
         model=SimpleNamespace(device=SimpleNamespace(begin=lambda: begun.append(threading.get_ident()))),
         adapters=SimpleNamespace(load=lambda *_: adapter if begun == [threading.get_ident()] else None),
