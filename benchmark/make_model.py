@@ -10,6 +10,8 @@ half a character: every server produces exactly the tokens it was asked for.
 import argparse
 import json
 import random
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,10 +19,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 SHAPES = {
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 5632},
     "160m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128},
 }
+VOCABULARY, VOCABULARIES = 32_000, {"8b": 128_256}  # of a shape that is not named
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 SILENT = len(SPECIAL) + 256
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -63,22 +67,25 @@ def linear_shapes(shape: dict) -> dict[str, tuple[int, int]]:
     return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
 
 
+def drawn(sizes: dict[str, tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
+    """Matrices in bfloat16 from N(0, 0.02), each by its own name and the seed, on all processors."""
+
+    def draw(name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        return torch.empty(sizes[name]).normal_(0, 0.02, generator=generator).to(torch.bfloat16)
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(sizes, threads.map(draw, sizes), strict=True))
+
+
 def write_model(folder: Path, shape: dict, vocabulary: int, context: int, seed: int) -> None:
     """Config, tokenizer and bfloat16 weights drawn from N(0, 0.02)."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.empty(size).normal_(0, 0.02, generator=gen).to(torch.bfloat16)
-
-    h = shape["hidden_size"]
-    tensors = {"model.embed_tokens.weight": draw(vocabulary, h), "lm_head.weight": draw(vocabulary, h)}
+    h, layers = shape["hidden_size"], [f"model.layers.{i}" for i in range(shape["num_hidden_layers"])]
+    linears = {f"{layer}.{name}.weight": size for layer in layers for name, size in linear_shapes(shape).items()}
+    tensors = drawn({"model.embed_tokens.weight": (vocabulary, h), "lm_head.weight": (vocabulary, h), **linears}, seed)
     tensors["lm_head.weight"][:SILENT] = 0
-    tensors["model.norm.weight"] = torch.ones(h, dtype=torch.bfloat16)
-    for i in range(shape["num_hidden_layers"]):
-        for name, size in linear_shapes(shape).items():
-            tensors[f"model.layers.{i}.{name}.weight"] = draw(*size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(h, dtype=torch.bfloat16)
+    norms = ["model.norm", *(f"{layer}.{norm}" for layer in layers for norm in ("input_layernorm", "post_attention_layernorm"))]
+    tensors |= {f"{norm}.weight": torch.ones(h, dtype=torch.bfloat16) for norm in norms}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -97,13 +104,12 @@ def write_model(folder: Path, shape: dict, vocabulary: int, context: int, seed: 
 
 def write_adapter(folder: Path, shape: dict, rank: int, seed: int) -> None:
     """A PEFT adapter of this rank on every linear of every layer."""
-    gen = torch.Generator().manual_seed(seed)
-    tensors = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for i in range(shape["num_hidden_layers"]):
         for name, (outputs, inputs) in linear_shapes(shape).items():
             key = f"base_model.model.model.layers.{i}.{name}"
-            tensors[f"{key}.lora_A.weight"] = torch.empty(rank, inputs).normal_(0, 0.02, generator=gen).to(torch.bfloat16)
-            tensors[f"{key}.lora_B.weight"] = torch.empty(outputs, rank).normal_(0, 0.02, generator=gen).to(torch.bfloat16)
+            sizes |= {f"{key}.lora_A.weight": (rank, inputs), f"{key}.lora_B.weight": (outputs, rank)}
+    tensors = drawn(sizes, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = [name.split(".")[1] for name in linear_shapes(shape)]
@@ -115,13 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path, help="the checkpoint; adapters go to its adapters/")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16], help="taken in turn, adapter by adapter")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_model(args.folder, SHAPES[args.shape], args.vocabulary, args.context, args.seed)
+    vocabulary = args.vocabulary or VOCABULARIES.get(args.shape, VOCABULARY)
+    write_model(args.folder, SHAPES[args.shape], vocabulary, args.context, args.seed)
     for i in range(args.adapters):
         rank = args.ranks[i % len(args.ranks)]
         write_adapter(args.folder / "adapters" / f"lora{i}-r{rank}", SHAPES[args.shape], rank, args.seed + 1 + i)

@@ -4,8 +4,8 @@
     text-generation-launcher --model-id /tmp/1b & router_gap.py http://127.0.0.1:3000 --streams 32 --adapters a,b
 
 Starts nothing. Prints p50 and p99 of every histogram of time that grew meanwhile, in milliseconds, as the bound of the bucket
-that holds the quantile: "at most". `kvrun_router_gap_seconds` is the router's own time between an outcome and the next step while the shards
-have none, `kvrun_router_hidden_seconds` the same while they compute one that was sent ahead.
+that holds the quantile: "at most". `kvrun_router_gap_seconds` is the router's own time between an outcome and the next step while
+the shards have none, `kvrun_router_hidden_seconds` the same while they compute one that was sent ahead.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs on a GPU what all other tests show without one, then measures its kernels: `make gpu-check`. Ends in a table.
+"""Runs on a GPU what all other tests show without one, then measures it: `make gpu-check`. Ends in a table.
 
 Without a GPU it runs nothing and ends with 14, as a shard does that was to compute on one.
 """
@@ -31,9 +31,11 @@ STAGES = {
     ),
     ATTENTION: (*TESTS, "server/tests/test_flashinfer.py"),
     "kernels beside the limits of memory and arithmetic": ("-m", "kvrun_kernels.bench", "--device", "cuda", "--seconds", "0.1"),
+    "decode and prefill of 1.1 billion parameters": ("benchmark/shapes.py", "1b", "--device", "cuda"),
+    "decode and prefill of 8 billion parameters": ("benchmark/shapes.py", "8b", "--device", "cuda"),
 }
-# Seconds that one stage may take: together they leave room in ten minutes for what is built before.
-MOST_SECONDS = 240
+# Seconds that one stage may take, and all of them.
+MOST_SECONDS, ALL_SECONDS = 240, 600
 
 
 def main() -> int:
@@ -44,13 +46,13 @@ def main() -> int:
         print(f"gpu-check: {error}", file=sys.stderr)
         return error.exit_code
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"HF_HUB_OFFLINE": "1"}
-    lines = []
+    lines, end = [], time.monotonic() + ALL_SECONDS
     for shown, arguments in STAGES.items():
         if shown == ATTENTION and (why := missing(device.capability)):
             lines.append((shown, "not run", why))
             continue
         began = time.monotonic()
-        result = _run(arguments, environment)
+        result = _run(arguments, environment, min(MOST_SECONDS, end - began))
         lines.append((shown, result, f"{time.monotonic() - began:.0f} s"))
     print(f"\n| on {device.describe()} | | |\n|---|---|---|")
     for line in lines:
@@ -58,11 +60,11 @@ def main() -> int:
     return 0 if all(result in ("passed", "not run") for _, result, _ in lines) else 1
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def _run(arguments: Sequence[str], environment: Mapping[str, str], seconds: float) -> str:
     """How a stage ended; one that hangs or cannot begin is a line of the table like any other."""
     try:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env={**environment, "PYTHONPATH": "kernels:server"}, timeout=MOST_SECONDS
+            [sys.executable, *arguments], cwd=ROOT, env={**environment, "PYTHONPATH": "kernels:server"}, timeout=max(seconds, 0)
         )
     except (subprocess.TimeoutExpired, OSError) as error:
         return f"failed ({type(error).__name__})"

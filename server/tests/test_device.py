@@ -13,15 +13,18 @@ import gpu_check
 import graphs
 import kvrun_kernels
 import pytest
+import shapes
 import torch
 from driver import Driver, Ranks
 from elsewhere import GIB, LAUNCHES, Mixed, gpus, interpreting, need, settle
 from kvrun.device import Cpu, Cuda, choose, refuse_unless, serving
 from kvrun.dist import Group
+from kvrun.engine.engine import Engine
 from kvrun.engine.sampling import Sampling
 from kvrun.errors import DeviceError, Unsupported
 from kvrun.nn.build import load_model
 from kvrun_kernels import ops
+from make_model import SHAPES, write_adapter, write_model
 from ragged import Runner
 from test_parity import prompts
 from tiny import CLOSE, ROWS, distance, oracle
@@ -262,7 +265,7 @@ def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
     assert ran == [list(arguments) for arguments in gpu_check.STAGES.values()]
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| on cuda:0, a GPU that is not there, compute capability 9.0, 20.0 GiB free | | |"
-    assert [line.split(" | ")[1] for line in table[2:]] == ["passed", "passed", "passed", "passed", "failed (1)"]
+    assert [line.split(" | ")[1] for line in table[2:]] == [*["passed"] * 4, "failed (1)", *["passed"] * 2]
     monkeypatch.setattr("subprocess.run", _hanging)
     with gpus(1):
         assert gpu_check.main() == 1
@@ -274,6 +277,19 @@ def test_the_check_of_a_gpu_runs_every_stage_or_nothing(monkeypatch, capsys):
         assert gpu_check.main() == 1
     assert list(gpu_check.STAGES[gpu_check.ATTENTION]) not in ran and len(ran) == len(gpu_check.STAGES) - 1
     assert f"| {gpu_check.ATTENTION} | not run | it is not installed |" in capsys.readouterr().out
+
+
+def test_shapes_are_measured_on_a_gpu_with_graphs_and_without(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "PROMPT", 8)
+    monkeypatch.setattr(shapes, "WARM", 1)
+    monkeypatch.setattr(Engine, "warm", lambda engine: None)
+    write_model(tmp_path, SHAPES["tiny"], vocabulary=14_000, context=64, seed=0)
+    for n in range(2):
+        write_adapter(tmp_path / "adapters" / str(n), SHAPES["tiny"], rank=3, seed=n)
+    lines = list(shapes.ours(tmp_path, "cuda", streams=3, steps=2, bound=shapes.Limits(1e9, 1e9)))
+    asked = ["one stream", "3 streams", "3 streams over 2 adapters"]
+    asked = [f"kv.run, {what}{how}" for how in ("", ", without graphs") for what in asked]
+    assert [line.what for line in lines] == [*asked, "kv.run, prompt of 8"] and all(line.tokens_per_s > 0 for line in lines)
 
 
 def _hanging(words, *, timeout, **how):
