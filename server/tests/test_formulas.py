@@ -7,6 +7,7 @@ server by its plain references, to which the tests of the kernels hold the nativ
 
 from functools import cache
 
+import peft  # noqa: F401  (see `wide`)
 import pytest
 import torch
 from adapters import peft_model, write_adapter
@@ -30,6 +31,7 @@ def checkpoint(tmp_path_factory):
 
     @cache
     def folder(row):
+        write_checkpoint(row, tmp_path_factory.mktemp(row))  # which imports what transformers makes it of
         with wide():
             return write_checkpoint(row, tmp_path_factory.mktemp(row), seed=0, settled=False)
 

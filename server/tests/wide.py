@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import safetensors.torch  # noqa: F401  (see `wide`)
 import torch
 from kvrun.nn import build
 from kvrun.state import pages
@@ -27,7 +28,10 @@ def _wider(value: object) -> object:
 
 @contextmanager
 def wide() -> Iterator[None]:
-    """Everything in float64, in this thread; a model of this server has to be loaded and run within, from a checkpoint in float64."""
+    """Everything in float64, in this thread; a model of this server has to be loaded and run within, from a checkpoint in float64.
+
+    A module that is imported within would keep the wider types for good, so import what you need before.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         with (
