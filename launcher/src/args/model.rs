@@ -105,8 +105,8 @@ pub struct Sharding {
     #[arg(long, env, value_enum, default_value = "auto")]
     pub attention: Attention,
 
-    /// Memory for adapters in each model process [default: those of --lora-ids; as much again, and 256MiB at least, where
-    /// clients may load more]
+    /// The host's memory for adapters in each model process; on GPUs they lie in pages of the KV cache as well while they are used
+    /// [default: those of --lora-ids; as much again, and 256MiB at least, where clients may load more]
     #[arg(long, env, value_parser = super::limits::bytes)]
     pub adapter_bytes: Option<u64>,
 }
