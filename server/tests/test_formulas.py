@@ -39,9 +39,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def runner(groups, request):
+def runner(groups, checkpoint, request):
     """The runners of as many ranks as the test's `world`, in float64 like everything in the test."""
     runner = groups[request.getfixturevalue("world")]
+    checkpoint(request.getfixturevalue("row"))
     runner.widen()
     yield runner
     runner.narrow()
